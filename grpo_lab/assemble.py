@@ -1,0 +1,227 @@
+"""From a recipe to its built parts, with every check that needs no model: data, templates, lengths, rewards, sizes."""
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any, TypeVar
+
+from grpo_lab.data.chat import template_problems
+from grpo_lab.data.examples import (
+    TrainingRow,
+    check_prompts,
+    check_training_rows,
+    corpus,
+    prompt_examples,
+    training_rows,
+)
+from grpo_lab.data.sources import Rows, load_rows
+from grpo_lab.data.stream import PromptStream, Stream
+from grpo_lab.data.tokenizer import build_tokenizer
+from grpo_lab.errors import RecipeError
+from grpo_lab.policy.load import context_length, eos_ids, load_tokenizer, model_config
+from grpo_lab.recipe import LoadedRecipe, Recipe, SourceMap
+from grpo_lab.recipe.schema import Data, GrpoStage, RewardTerm, SftStage, TokenizerBuild
+from grpo_lab.scoring import Registry, bind, discover, problems
+from grpo_lab.seeds import derive_seed
+from grpo_lab.stages.plan import GrpoPlan, SftPlan
+from grpo_lab.types import Example
+
+T = TypeVar("T")
+Loc = tuple[str | int, ...]
+MAX_HASHED_ROWS = 10_000
+
+# Every evaluation with gold answers reports both: a policy may learn to please one reading of its answers only.
+# They weigh nothing, so the reward stays the stage's own.
+ACCURACIES = (
+    RewardTerm(name="accuracy", label="accuracy_strict", weight=0.0, options={"strict": True}),
+    RewardTerm(name="accuracy", label="accuracy_lenient", weight=0.0, options={"strict": False}),
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A checked recipe, ready to train. `hashes` are of data and reward sources, for refusing a changed resume."""
+
+    recipe: Recipe
+    registry: Registry
+    tokenizer: Any
+    stages: tuple[SftPlan | GrpoPlan, ...]
+    hashes: dict[str, Any]
+
+
+class Problems:
+    """Collects what is wrong, each at its place in the recipe, so that a user sees everything at once."""
+
+    def __init__(self, sources: SourceMap) -> None:
+        self.sources = sources
+        self.found: list[str] = []
+
+    def add(self, parent: Loc, message: str) -> None:
+        """A message may begin with the key that it is about: `data.prompt: column ...`."""
+        head, separator, rest = message.partition(": ")
+        keys = head.split(".")
+        if separator and keys[0] in ("data", "model") and all(key.isidentifier() for key in keys):
+            above = () if keys[0] == "model" else parent
+            self.found.append(self.sources.problem((*above, *keys), rest))
+        else:
+            self.found.append(self.sources.problem(parent, message))
+
+    def attempt(self, parent: Loc, work: Callable[[], T]) -> T | None:
+        """The result of `work`, or None with its problems noted."""
+        try:
+            return work()
+        except RecipeError as error:
+            for problem in error.problems:
+                self.add(parent, problem)
+            return None
+
+    def stop_if_any(self) -> None:
+        """Raise them all together."""
+        if self.found:
+            raise RecipeError(self.found)
+
+
+def assemble(loaded: LoadedRecipe, *, tokenizer_folder: Path | None = None) -> Plan:
+    """Build everything but the model. `tokenizer_folder` holds the tokenizer that an earlier start of the run made.
+
+    Raises:
+        RecipeError: every problem found, one line each, at its place in the recipe.
+    """
+    recipe = loaded.recipe
+    found = Problems(loaded.sources)
+    registry = found.attempt(("plugins",), lambda: discover(recipe.plugins))
+    rows = {
+        loc: found.attempt(loc, lambda data=data: load_rows(data, root=Path(recipe.data_root or "."), seed=recipe.seed))
+        for loc, data in _data_blocks(recipe)
+    }
+    if registry is not None:
+        for name, stage in recipe.stages.items():
+            if isinstance(stage, GrpoStage):
+                columns = _columns(stage.data, rows["stages", name])
+                for loc, problem in problems(stage.rewards, registry, columns):
+                    found.add(("stages", name, "rewards", *loc), problem)
+    found.stop_if_any()
+    assert registry is not None
+    known = {loc: each for loc, each in rows.items() if each is not None}
+
+    tokenizer = found.attempt(("model",), lambda: make_tokenizer(recipe, known, tokenizer_folder))
+    found.stop_if_any()
+    config = found.attempt(("model",), lambda: model_config(recipe.model, tokenizer))
+    context = found.attempt(("model",), lambda: context_length(config))
+    found.stop_if_any()
+    assert context is not None
+    if any(data.chat and data.text is None for _, data in _data_blocks(recipe)):
+        for problem in template_problems(tokenizer, eos_ids(tokenizer, config, None)):
+            found.add(("model",), problem)
+    builder = Builder(recipe, registry, tokenizer, context, known, found)
+    stages = [builder.stage(name) for name in recipe.stages]
+    found.stop_if_any()
+    hashes = {
+        "data": {".".join(map(str, loc)): fingerprint(each) for loc, each in known.items()},
+        "rewards": {
+            f"{stage.name}.{term.label}": term.reward.sha256
+            for stage in stages
+            if isinstance(stage, GrpoPlan)
+            for term in stage.rewards.terms
+        },
+    }
+    return Plan(recipe, registry, tokenizer, tuple(stage for stage in stages if stage is not None), hashes)
+
+
+@dataclass(frozen=True)
+class Builder:
+    """Builds stages from loaded rows; whatever is wrong goes to `found`."""
+
+    recipe: Recipe
+    registry: Registry
+    tokenizer: Any
+    context_length: int
+    rows: dict[Loc, Rows]
+    found: Problems
+
+    def stage(self, name: str) -> SftPlan | GrpoPlan | None:
+        """One stage of the recipe, or None with its problems noted."""
+        stage, loc = self.recipe.stages[name], ("stages", name)
+        build = self._sft if isinstance(stage, SftStage) else self._grpo
+        return self.found.attempt(loc, lambda: build(name, stage, loc))
+
+    def _sft(self, name: str, stage: SftStage, loc: Loc) -> SftPlan:
+        rows = self._training_rows(stage, stage.data, loc)
+        held_out: Sequence[TrainingRow] = ()
+        if stage.evaluation is not None:
+            held_out = _finite(self._training_rows(stage, stage.evaluation.data, (*loc, "evaluation")))
+        stream = PromptStream(rows, stage.batch_size, seed=derive_seed(self.recipe.seed, name, "order"))
+        return SftPlan(name, stage, stream, held_out)
+
+    def _training_rows(self, stage: SftStage, data: Data, loc: Loc) -> Sequence[TrainingRow] | Stream[TrainingRow]:
+        length = min(stage.max_length or self.context_length, self.context_length)
+        rows = training_rows(data, self.rows[loc], self.tokenizer, loss_on=stage.loss_on, max_length=length)
+        for problem in check_training_rows(rows):
+            self.found.add(loc, problem)
+        return rows
+
+    def _grpo(self, name: str, stage: GrpoStage, loc: Loc) -> GrpoPlan:
+        examples = self._examples(stage, stage.data, loc)
+        held_out: Sequence[Example] = ()
+        terms = [*stage.rewards]
+        if stage.evaluation is not None:
+            at = (*loc, "evaluation")
+            held_out = _finite(self._examples(stage, stage.evaluation.data, at))
+            columns = _columns(stage.evaluation.data, self.rows[at])
+            if "answer" in (columns or ()):
+                terms += ACCURACIES
+            for _, problem in problems(terms, self.registry, columns):
+                self.found.add(at, problem)
+        stream = PromptStream(examples, stage.prompts_per_step, seed=derive_seed(self.recipe.seed, name, "order"))
+        return GrpoPlan(name, stage, stream, bind(stage.rewards, self.registry), held_out, bind(terms, self.registry))
+
+    def _examples(self, stage: GrpoStage, data: Data, loc: Loc) -> Sequence[Example] | Stream[Example]:
+        examples = prompt_examples(data, self.rows[loc], self.tokenizer)
+        for problem in check_prompts(examples, self.context_length, stage.sampling.max_completion_length):
+            self.found.add(loc, problem)
+        return examples
+
+
+def make_tokenizer(recipe: Recipe, rows: dict[Loc, Rows], folder: Path | None) -> Any:
+    """The tokenizer: from the run's folder, the recipe's path, or trained on the first stage's data."""
+    if folder is not None or not isinstance(recipe.model.tokenizer, TokenizerBuild):
+        return load_tokenizer(recipe.model, folder)
+    name, stage = next(iter(recipe.stages.items()))
+    settings = recipe.model.tokenizer
+    return build_tokenizer(
+        corpus(stage.data, rows["stages", name]), vocab_size=settings.vocab_size, split_digits=settings.split_digits
+    )
+
+
+def fingerprint(rows: Rows) -> str:
+    """A hash of what the rows hold: of all of them, or of the first ten thousand."""
+    digest = hashlib.sha256(str(None if rows.streamed else len(rows)).encode())
+    for row in islice(rows, MAX_HASHED_ROWS):
+        digest.update(json.dumps(row, sort_keys=True, default=str).encode())
+    return digest.hexdigest()
+
+
+def _data_blocks(recipe: Recipe) -> list[tuple[Loc, Data]]:
+    """Every data block with the place of the block that holds it."""
+    blocks: list[tuple[Loc, Data]] = []
+    for name, stage in recipe.stages.items():
+        blocks.append((("stages", name), stage.data))
+        if stage.evaluation is not None:
+            blocks.append((("stages", name, "evaluation"), stage.evaluation.data))
+    return blocks
+
+
+def _columns(data: Data, rows: Rows | None) -> list[str] | None:
+    """What rewards may ask for; None where the rows could not be loaded."""
+    if rows is None:
+        return None
+    return list(dict.fromkeys(chain(rows.column_names, ["answer"] if data.answer is not None else [])))
+
+
+def _finite(items: Sequence[T] | Stream[T]) -> Sequence[T]:
+    if isinstance(items, Stream):
+        raise RecipeError("data.streaming: held-out rows are measured as a whole; leave streaming out, or use limit")
+    return items

@@ -1,0 +1,151 @@
+"""The command line. No logic here: each command imports what it needs when it runs, so that `--help` is quick."""
+
+import json
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from grpo_lab.errors import GrpoLabError
+
+app = typer.Typer(
+    help="Train language models with GRPO, and see that the numbers are right.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+recipes_app = typer.Typer(help="The recipes that come with grpo-lab.", no_args_is_help=True)
+rewards_app = typer.Typer(help="The rewards a recipe can name.", no_args_is_help=True)
+app.add_typer(recipes_app, name="recipes")
+app.add_typer(rewards_app, name="rewards")
+
+Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, e.g. seed=1 stages.grpo.steps=10")]
+RecipePath = Annotated[str, typer.Argument(help="a recipe's file, or the name of a shipped one")]
+Json = Annotated[bool, typer.Option("--json", help="print JSON on standard output")]
+
+
+@app.command()
+def train(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on with the run of this name, if there is one")] = False,
+    name: Annotated[str | None, typer.Option(help="the run's name, instead of the recipe's")] = None,
+    output_dir: Annotated[Path | None, typer.Option(help="where run folders are made")] = None,
+    max_steps: Annotated[int | None, typer.Option(min=1, help="at most this many steps in every stage")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="check everything and show sizes; train nothing")] = False,
+    as_json: Json = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="show only what went wrong")] = False,
+) -> None:
+    """Take a model through a recipe's stages."""
+    from grpo_lab import commands
+
+    overrides = [*(overrides or [])]
+    overrides += [f"name={name}"] if name is not None else []
+    overrides += [f"output_dir={output_dir}"] if output_dir is not None else []
+    loaded = commands.load_with_limit(recipe, overrides, max_steps)
+    if dry_run:
+        commands.dry_run(loaded, as_json=as_json)
+    else:
+        commands.train(loaded, recipe, go_on=resume, as_json=as_json, quiet=quiet)
+
+
+@app.command()
+def validate(
+    recipes: Annotated[list[str], typer.Argument(help="recipes to check, data and rewards included")],
+    as_json: Json = False,
+) -> None:
+    """Check recipes as `train` would, without training."""
+    from grpo_lab import commands
+
+    raise typer.Exit(commands.validate(recipes, as_json=as_json))
+
+
+@app.command(name="eval")
+def evaluate(
+    target: Annotated[str, typer.Argument(help="a run's folder, or a model (folder or hub id) with --recipe")],
+    recipe: Annotated[str | None, typer.Option(help="whose held-out data and rewards; a run knows its own")] = None,
+    stage: Annotated[str | None, typer.Option(help="which GRPO stage; the last one if not given")] = None,
+    samples: Annotated[int, typer.Option(min=0, help="sampled completions per prompt")] = 4,
+    limit: Annotated[int | None, typer.Option(min=1, help="the first so many prompts")] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure a model on held-out data: greedy, sampled, pass@k, strict and lenient accuracy."""
+    from grpo_lab import commands
+
+    commands.evaluate(target, recipe=recipe, stage=stage, samples=samples, limit=limit, as_json=as_json)
+
+
+@recipes_app.command("ls")
+def list_recipes(as_json: Json = False) -> None:
+    """List the shipped recipes."""
+    from grpo_lab.bundled import describe, shipped_recipes
+
+    found = [{"name": path.stem, "about": describe(path)} for path in shipped_recipes()]
+    _show(found, as_json, [f"{row['name']:20} {row['about']}" for row in found])
+
+
+@recipes_app.command("show")
+def show_recipe(name: RecipePath) -> None:
+    """Print a recipe."""
+    from grpo_lab.bundled import find_recipe
+
+    typer.echo(find_recipe(name).read_text(encoding="utf-8"), nl=False)
+
+
+@recipes_app.command("cp")
+def copy_recipe(name: RecipePath, to: Annotated[Path, typer.Argument(help="a new file, or a folder")]) -> None:
+    """Copy a recipe, to change it."""
+    from grpo_lab.bundled import find_recipe
+    from grpo_lab.errors import UsageError
+
+    source = find_recipe(name)
+    target = to / source.name if to.is_dir() else to
+    if target.exists():
+        raise UsageError(f"{target}: exists already; name another file")
+    target.write_bytes(source.read_bytes())
+    typer.echo(str(target))
+
+
+@rewards_app.command("ls")
+def list_rewards(
+    plugin: Annotated[list[Path] | None, typer.Option(help="also a plugin's rewards: a file or folder")] = None,
+    as_json: Json = False,
+) -> None:
+    """List rewards with their options and the data set columns they need."""
+    from grpo_lab.scoring import discover
+
+    registry = discover(plugin or [])
+    found = [registry.get(name).describe() for name in registry.names()]
+    lines: list[str] = []
+    for row in found:
+        lines.append(f"{row['name']}: {row['doc']}")
+        lines += [f"    option {name}: {kind}" for name, kind in row["options"].items()]
+        lines += [f"    needs the column {', '.join(row['columns'])}"] if row["columns"] else []
+    _show(found, as_json, lines)
+
+
+def _show(values: Any, as_json: bool, lines: list[str]) -> None:
+    for line in [json.dumps(values, indent=1)] if as_json else lines:
+        typer.echo(line)
+
+
+def main() -> None:
+    """Run the command line; the exit codes are listed in the README."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # before torch is imported: threads that spin while they wait slow a busy machine tenfold
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    try:
+        app()
+    except GrpoLabError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception:  # noqa: BLE001 - the last stop: whatever is left is a bug of ours, shown whole
+        traceback.print_exc()
+        typer.echo("this is a bug in grpo-lab; please report it with the lines above", err=True)
+        sys.exit(70)

@@ -1,0 +1,119 @@
+"""One optimiser step, exact under micro-batching: whoever learns (GRPO or SFT) brings only a loss."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from grpo_lab.errors import NumericError
+from grpo_lab.recipe.schema import Optimizer
+from grpo_lab.types import Batch, LogpsAndEntropy
+
+MAX_SKIPPED_IN_A_ROW = 3
+
+# From a forward pass over some rows to their share of the loss, and to sums worth logging.
+Loss = Callable[[LogpsAndEntropy, Batch], tuple[Tensor, Mapping[str, Tensor]]]
+
+
+def learning_rate(settings: Optimizer, index: int, total: int) -> float:
+    """The rate of optimiser step `index` (from 0) of `total`: linear warm-up, then the schedule down to 0.
+
+    A function of the index, so there is no scheduler state to save.
+    """
+    warmup = settings.warmup_steps if settings.warmup_steps >= 1 else settings.warmup_steps * total
+    if index < warmup:
+        return settings.learning_rate * (index + 1) / math.ceil(warmup)
+    progress = (index - warmup) / max(1.0, total - warmup)
+    factor = {
+        "constant": 1.0,
+        "linear": 1.0 - progress,
+        "cosine": 0.5 * (1.0 + math.cos(math.pi * progress)),
+    }[settings.schedule]
+    return settings.learning_rate * factor
+
+
+def make_optimizer(model: nn.Module, settings: Optimizer) -> torch.optim.Optimizer:
+    """The optimiser over trainable parameters; weight decay only on matrices, not on norms and biases."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": settings.weight_decay},
+        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    if settings.name == "sgd":
+        return torch.optim.SGD(groups, lr=settings.learning_rate, momentum=settings.momentum)
+    return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=settings.betas, eps=settings.epsilon)
+
+
+@dataclass
+class StepSums:
+    """What one optimiser step saw: sums over its rows, and whether the weights moved."""
+
+    loss: float = 0.0
+    grad_norm: float = math.nan
+    learning_rate: float = 0.0
+    skipped: bool = False
+    sums: dict[str, float] = field(default_factory=dict)
+
+
+class Learner:
+    """The policy's forward pass with its optimiser, prepared by accelerate. Its state outlives a step."""
+
+    def __init__(
+        self,
+        forward: nn.Module,
+        settings: Optimizer,
+        *,
+        total_steps: int,
+        micro_batch_size: int | None,
+    ) -> None:
+        from accelerate import Accelerator  # a second of import, needed only to train
+
+        self.accelerator = Accelerator(cpu=not torch.cuda.is_available())
+        self.settings = settings
+        self.total_steps = total_steps
+        self.micro_batch_size = micro_batch_size
+        self.forward, self.optimizer = self.accelerator.prepare(forward, make_optimizer(forward, settings))
+        self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self.steps_done = 0
+        self.skipped_in_a_row = 0
+
+    def step(self, batch: Batch, loss: Loss) -> StepSums:
+        """One optimiser step on the batch's rows, in micro-batches whose shares add up to the whole loss.
+
+        Where the loss or the gradient is not finite the weights stay as they are, bit for bit; the third time in a
+        row is an error.
+        """
+        out = StepSums(learning_rate=learning_rate(self.settings, self.steps_done, self.total_steps))
+        for group in self.optimizer.param_groups:
+            group["lr"] = out.learning_rate
+        self.optimizer.zero_grad()
+        size = self.micro_batch_size or batch.num_rows
+        for start in range(0, batch.num_rows, size):
+            rows = batch.rows(start, min(start + size, batch.num_rows))
+            share, sums = loss(self.forward(rows), rows)
+            self.accelerator.backward(share)
+            out.loss += float(share.detach())
+            for name, value in sums.items():
+                out.sums[name] = out.sums.get(name, 0.0) + float(value.detach())
+        out.grad_norm = float(
+            nn.utils.clip_grad_norm_(self.parameters, self.settings.max_grad_norm or math.inf, foreach=None)
+        )
+        out.skipped = not (math.isfinite(out.loss) and math.isfinite(out.grad_norm))
+        if not out.skipped and out.grad_norm > 0:  # a step without signal makes no update: momentum alone may not move
+            self.optimizer.step()
+        self._count(out)
+        return out
+
+    def _count(self, out: StepSums) -> None:
+        self.optimizer.zero_grad()
+        self.steps_done += 1
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if out.skipped else 0
+        if self.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+            raise NumericError(
+                f"{self.skipped_in_a_row} optimiser steps in a row had a loss or gradient that is not finite "
+                f"(the last: loss {out.loss}, gradient norm {out.grad_norm}); the weights were left as they were. "
+                "Lower optimizer.learning_rate, or look at the last rollouts."
+            )

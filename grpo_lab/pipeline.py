@@ -1,0 +1,125 @@
+"""A run from its recipe to its last stage: the folder, the stages in order, and how it ended."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from grpo_lab.assemble import Plan, assemble
+from grpo_lab.errors import GrpoLabError, SetupError, StopRequested
+from grpo_lab.policy.load import load_policy, write_policy
+from grpo_lab.recipe import LoadedRecipe, resolved_yaml
+from grpo_lab.stages.grpo import run_grpo
+from grpo_lab.stages.plan import SftPlan
+from grpo_lab.stages.running import Context, StopSignal
+from grpo_lab.stages.sft import run_sft
+from grpo_lab.tracking.console import ConsoleSink
+from grpo_lab.tracking.folders import save_folder_atomic, verify_folder
+from grpo_lab.tracking.jsonl import JsonlSink
+from grpo_lab.tracking.run_folder import RunFolder
+from grpo_lab.tracking.sinks import Sink, Sinks
+from grpo_lab.tracking.wandb import WandbSink
+
+
+def quiet_libraries() -> None:
+    """Keep other libraries' progress bars off the terminal; ours shows what matters."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+
+
+def train_recipe(loaded: LoadedRecipe, recipe_text: str, *, go_on: bool, console: Console, quiet: bool) -> Path:
+    """Train every stage that is not finished and return the run's folder.
+
+    Args:
+        go_on: continue the run of this name, if there is one; otherwise a folder that exists is refused.
+    """
+    recipe = loaded.recipe
+    if recipe.num_threads is not None:
+        torch.set_num_threads(recipe.num_threads)
+    path = Path(recipe.output_dir) / recipe.name
+    with StopSignal() as stop:
+        going_on = go_on and path.exists()
+        base = path / "base"
+        plan = assemble(loaded, tokenizer_folder=base if going_on and base.exists() else None)
+        others = _other_sinks(plan, path, console, quiet=quiet)
+        with _open(plan, path, recipe_text, going_on=going_on) as run:
+            files = JsonlSink(run, rollouts=recipe.tracking.rollouts)
+            sinks = Sinks(files, others)
+            try:
+                _run_stages(plan, run, files, sinks, stop)
+            except StopRequested:
+                run.set_status("interrupted")
+                raise
+            except torch.OutOfMemoryError as error:
+                run.set_status("failed")
+                raise SetupError(f"out of memory; lower micro_batch_size or sampling.max_rows. {error}") from error
+            except BaseException:
+                run.set_status("failed")
+                raise
+            finally:
+                sinks.close()
+            run.set_status("finished")
+    return path
+
+
+def _run_stages(plan: Plan, run: RunFolder, files: JsonlSink, sinks: Sinks, stop: StopSignal) -> None:
+    """Each stage starts from the one before; the first from the recipe's model."""
+    start = _base(plan, run)
+    for stage in plan.stages:
+        folder = run.stage(stage.name)
+        if folder.result.exists():
+            verify_folder(folder.final)
+            sinks.event(stage.name, stage.stage.steps, "info", "finished before, skipped", {})
+        else:
+            context = Context(plan.recipe, plan.tokenizer, folder, start, files, sinks, stop)
+            if isinstance(stage, SftPlan):
+                run_sft(context, stage)
+            else:
+                run_grpo(context, stage)
+        start = folder.final
+
+
+def _base(plan: Plan, run: RunFolder) -> Path | None:
+    """A model that the recipe makes from nothing is kept, with its tokenizer, so that every resume starts from it."""
+    if plan.recipe.model.config is None:
+        return None
+    base = run.path / "base"
+    if base.exists():
+        verify_folder(base)
+    else:
+        policy = load_policy(plan.recipe.model, plan.tokenizer, seed=plan.recipe.seed)
+        save_folder_atomic(base, lambda folder: write_policy(policy, folder))
+    return base
+
+
+def _open(plan: Plan, path: Path, recipe_text: str, *, going_on: bool) -> RunFolder:
+    recipe = plan.recipe
+    plugins = [Path(plugin) for plugin in recipe.plugins]
+    # the run keeps copies of its plugins, so its resolved recipe works without the originals
+    copies = [f"./plugins/{plugin.name}" for plugin in plugins]
+    resolved = resolved_yaml(recipe.model_copy(update={"plugins": copies}))
+    if not going_on:
+        return RunFolder.create(
+            path, recipe_text=recipe_text, resolved_text=resolved, plugins=plugins, facts={"hashes": plan.hashes}
+        )
+    run = RunFolder.open(path)
+    try:
+        run.refuse_changes(resolved_text=resolved, plugins=plugins, hashes=plan.hashes)
+        run.compare_environment()
+        run.set_status("running")
+    except GrpoLabError:
+        run.close()
+        raise
+    return run
+
+
+def _other_sinks(plan: Plan, path: Path, console: Console, *, quiet: bool) -> Sequence[Sink]:
+    sinks: list[Sink] = [ConsoleSink(console, quiet=quiet)]
+    options = plan.recipe.tracking.wandb
+    if options is not None:
+        config = plan.recipe.model_dump(mode="json")
+        sinks.append(WandbSink(path, name=plan.recipe.name, options=options, config=config))
+    return sinks

@@ -1,0 +1,122 @@
+"""A model and its tokenizer: from a folder or the hub, or new from a config; and written where others can load them."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from grpo_lab.errors import RecipeError
+from grpo_lab.recipe.schema import Model
+from grpo_lab.seeds import derive_seed
+from grpo_lab.types import Policy
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def load_tokenizer(model: Model, folder: str | Path | None = None) -> Any:
+    """The tokenizer that a recipe names (not the one it wants built); `folder` overrides where it lies."""
+    source = str(folder or (model.tokenizer if isinstance(model.tokenizer, str) else model.path))
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            source, revision=model.revision, trust_remote_code=model.trust_remote_code
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise RecipeError(f"model: cannot load a tokenizer from {source}: {first_line(error)}") from error
+    if model.chat_template not in (None, "chatml"):
+        template = Path(model.chat_template)
+        if not template.is_file():
+            raise RecipeError(f"model.chat_template: {template} is not a file (nor `chatml`)")
+        tokenizer.chat_template = template.read_text(encoding="utf-8")
+    return tokenizer
+
+
+def model_config(model: Model, tokenizer: Any) -> Any:
+    """The transformers config, read without loading weights."""
+    if model.config is None:
+        try:
+            return AutoConfig.from_pretrained(
+                model.path, revision=model.revision, trust_remote_code=model.trust_remote_code
+            )
+        except (OSError, ValueError, KeyError) as error:
+            raise RecipeError(f"model.path: cannot load {model.path}: {first_line(error)}") from error
+    settings = {
+        "vocab_size": len(tokenizer),
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        **model.config,
+    }
+    model_type = settings.pop("model_type")
+    try:
+        return AutoConfig.for_model(model_type, **settings)
+    except (ValueError, TypeError, KeyError) as error:
+        raise RecipeError(f"model.config: {first_line(error)}") from error
+
+
+def load_policy(model: Model, tokenizer: Any, *, seed: int, folder: str | Path | None = None) -> Policy:
+    """The policy with its weights: from `folder` (an earlier stage's result), else from `path`, else new from `config`.
+
+    A new model's weights are a function of `seed`. Only safetensors are read; code in a model's repository does not
+    run unless the recipe says so.
+    """
+    options = {"dtype": DTYPES[model.dtype], "attn_implementation": model.attention}
+    if folder is None and model.config is not None:
+        with torch.random.fork_rng():
+            torch.manual_seed(derive_seed(seed, "weights"))
+            network = AutoModelForCausalLM.from_config(model_config(model, tokenizer), **options)
+    else:
+        source = str(folder or model.path)
+        try:
+            network = AutoModelForCausalLM.from_pretrained(
+                source,
+                revision=None if folder else model.revision,
+                trust_remote_code=model.trust_remote_code,
+                use_safetensors=True,
+                **options,
+            )
+        except (OSError, ValueError, KeyError) as error:
+            raise RecipeError(f"model.path: cannot load {source}: {first_line(error)}") from error
+    if model.gradient_checkpointing:
+        network.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return as_policy(network.to(device), tokenizer)
+
+
+def as_policy(network: Any, tokenizer: Any) -> Policy:
+    """Bundle a transformers model and its tokenizer with the facts that sampling and padding need."""
+    eos = eos_ids(tokenizer, network.config, network.generation_config)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos[0]
+    return Policy(network, tokenizer, eos, pad, context_length(network.config))
+
+
+def eos_ids(tokenizer: Any, config: Any, generation_config: GenerationConfig | None) -> tuple[int, ...]:
+    """Every declared end-of-sequence token; the tokenizer's own comes first. An answer ends at any of them."""
+    declared = [tokenizer.eos_token_id, config.get_text_config().eos_token_id]
+    if generation_config is not None:
+        declared.append(generation_config.eos_token_id)
+    ids: list[int] = []
+    for entry in declared:
+        ids += [] if entry is None else [entry] if isinstance(entry, int) else list(entry)
+    if not ids:
+        raise RecipeError("model: neither the tokenizer nor the model declares an end-of-sequence token")
+    return tuple(dict.fromkeys(ids))
+
+
+def context_length(config: Any) -> int:
+    """The most tokens a model can attend to, prompt and completion together."""
+    length = config.get_text_config().to_dict().get("max_position_embeddings")
+    if not isinstance(length, int):
+        raise RecipeError(f"model: the config of {config.model_type} does not state max_position_embeddings")
+    return length
+
+
+def write_policy(policy: Policy, folder: Path) -> None:
+    """Write the model (safetensors) and tokenizer so that transformers loads them from `folder`."""
+    policy.model.save_pretrained(folder)
+    policy.tokenizer.save_pretrained(folder)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, which is where libraries put the cause."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__

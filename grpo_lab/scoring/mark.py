@@ -1,0 +1,177 @@
+"""What a reward is: a marked function, and what its parameters say about it."""
+
+import asyncio
+import hashlib
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from inspect import Parameter
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypeVar
+
+from grpo_lab.errors import RecipeError
+
+Scope = Literal["completion", "group", "completions"]
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+SCOPES: tuple[Scope, ...] = ("completion", "group", "completions")
+BATCH_PARAMETERS = ("prompts", "completions", "completion_ids")
+# TRL's trainer also passes these. Nothing true can be given for them here, so a function must be able to do without.
+TRL_EXTRAS = ("trainer_state", "log_extra", "log_metric", "environments")
+_MARK = "grpo_lab_reward"
+
+
+def reward(function: Function) -> Function:
+    """Mark a function as a reward, so that it is found in its file under its own name.
+
+    Its parameters say the rest. `completion`, `group` or `completions` (one of them) is what it scores: one answer,
+    all answers to one prompt, or all answers of a step (TRL's batched contract). In the first two scopes a
+    keyword-only parameter without default is a column of the data set, one with a default is an option of the recipe,
+    checked against its annotation. In the batched scope every other name is a column.
+
+    It returns a finite number, or None for "does not apply to this example" (a list of them for more than one
+    completion). Exceptions, nan and wrong types are failures, which are counted and never scored as 0.
+    """
+    function.__dict__[_MARK] = True
+    return function
+
+
+def is_marked(function: object) -> bool:
+    """Whether `@reward` stands above the function."""
+    return inspect.isfunction(function) and vars(function).get(_MARK, False) is True
+
+
+class Option(NamedTuple):
+    """What a recipe may set: its type (`Parameter.empty` = any) and its default."""
+
+    annotation: Any
+    default: Any
+
+
+@dataclass(frozen=True)
+class Reward:
+    """A reward function and what was read off its parameters.
+
+    `columns` are the data set columns it cannot do without. A batched reward receives what it has `named`, as far as
+    it is there, and all columns if it `takes_all_columns` (`**kwargs`). `source` is its file or dotted name as the
+    user knows it, `path` and `sha256` are those of the file it is defined in.
+    """
+
+    name: str
+    function: Callable[..., Any] = field(repr=False)
+    scope: Scope
+    columns: tuple[str, ...]
+    options: Mapping[str, Option]
+    doc: str
+    source: str
+    path: Path
+    sha256: str
+    named: frozenset[str] = frozenset()
+    takes_all_columns: bool = False
+
+    def describe(self) -> dict[str, Any]:
+        """What `grpo-lab rewards ls` shows; plain values only."""
+        return {
+            "name": self.name,
+            "scope": self.scope,
+            "options": {
+                name: {"type": _type_name(option.annotation), "default": option.default}
+                for name, option in self.options.items()
+            },
+            "columns": list(self.columns),
+            "doc": self.doc,
+            "source": self.source,
+        }
+
+
+def read_reward(function: Any, *, name: str, source: str) -> Reward:
+    """Read a function's scope, columns and options off its signature.
+
+    Raises:
+        RecipeError: the signature does not follow the contract.
+    """
+    place = f'reward "{name}" ({source})'
+    try:
+        parameters = inspect.signature(function).parameters
+        path = Path(inspect.getsourcefile(inspect.unwrap(_defined(function))) or "")
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    except (TypeError, ValueError, OSError) as error:
+        raise RecipeError(f"{place}: is not a Python function with a source file: {error}") from error
+    scope = _scope(parameters, place)
+    batched = scope == "completions"
+    columns, options = (_batched(parameters, place), {}) if batched else _single(function, scope, place)
+    if not batched and inspect.iscoroutinefunction(function):
+        raise RecipeError(f'{place}: is async; only a reward over "completions" can be')
+    return Reward(
+        name=name,
+        function=function,
+        scope=scope,
+        columns=columns,
+        options=options,
+        doc=(inspect.getdoc(function) or "").split("\n", 1)[0],
+        source=source,
+        path=path,
+        sha256=digest,
+        named=frozenset(parameters),
+        takes_all_columns=batched and any(each.kind is Parameter.VAR_KEYWORD for each in parameters.values()),
+    )
+
+
+def invoke(function: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
+    """Call a reward function; an async one is run to its end."""
+    result = function(**arguments)
+    return asyncio.run(_awaited(result)) if inspect.isawaitable(result) else result
+
+
+async def _awaited(result: Any) -> Any:
+    return await result
+
+
+def _defined(function: Callable[..., Any]) -> Any:
+    """What has a source file: the function itself, or the class of a callable object."""
+    return function if inspect.isroutine(function) else type(function)
+
+
+def _scope(parameters: Mapping[str, Parameter], place: str) -> Scope:
+    found: list[Scope] = [scope for scope in SCOPES if scope in parameters]
+    if not found and any(name in parameters for name in BATCH_PARAMETERS):
+        return "completions"
+    if len(found) != 1:
+        what = f"takes {' and '.join(found)}" if found else "takes none of completion, group, completions"
+        raise RecipeError(f"{place}: {what}; name exactly one parameter after what it scores")
+    return found[0]
+
+
+def _single(function: Callable[..., Any], scope: Scope, place: str) -> tuple[tuple[str, ...], dict[str, Option]]:
+    """Columns and options of a reward over one completion or one group."""
+    try:
+        parameters = inspect.signature(function, eval_str=True).parameters
+    except NameError as error:
+        raise RecipeError(f"{place}: an annotation cannot be read: {error}") from error
+    others = [each for each in parameters.values() if each.name != scope]
+    for each in others:
+        if each.kind is not Parameter.KEYWORD_ONLY:
+            raise RecipeError(f'{place}: "{each}" must be keyword-only: put a * after {scope}')
+    columns = tuple(each.name for each in others if each.default is Parameter.empty)
+    options = {each.name: Option(each.annotation, each.default) for each in others if each.name not in columns}
+    return columns, options
+
+
+def _batched(parameters: Mapping[str, Parameter], place: str) -> tuple[str, ...]:
+    """The columns that a reward under TRL's contract cannot do without; it has no options."""
+    variadic = (Parameter.VAR_KEYWORD, Parameter.VAR_POSITIONAL)
+    required = tuple(
+        each.name
+        for each in parameters.values()
+        if each.default is Parameter.empty and each.kind not in variadic and each.name not in BATCH_PARAMETERS
+    )
+    for name in required:
+        if name in TRL_EXTRAS:
+            raise RecipeError(f'{place}: needs "{name}", which only TRL\'s trainer has; give it a default')
+    return required
+
+
+def _type_name(annotation: Any) -> str:
+    if annotation is Parameter.empty:
+        return "any"
+    return inspect.formatannotation(annotation).replace("typing.", "")

@@ -1,0 +1,185 @@
+"""All rewards of a stage, combined: total = sum(weight * term), with gates, abstention and failures."""
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from grpo_lab.recipe.schema import RewardTerm
+from grpo_lab.scoring.calls import FAILURES, GATED, LARGEST, Outcome, call
+from grpo_lab.scoring.registry import Registry
+from grpo_lab.scoring.terms import BoundTerm, bound_terms, gate_order
+from grpo_lab.types import Completion, Example, Group, Scores
+
+# Names that the batched contract gives a meaning of its own, so a column of that name is not passed; as in TRL.
+_RESERVED = frozenset({"prompt", "prompts", "completion", "completions", "completion_ids"})
+
+
+def bind(terms: Sequence[RewardTerm], registry: Registry) -> "RewardSet":
+    """The recipe's rewards, ready to score.
+
+    Raises:
+        RecipeError: every unknown reward, wrong option and circular gate, one line each.
+    """
+    return RewardSet(bound_terms(terms, registry))
+
+
+@dataclass(frozen=True)
+class RewardSet:
+    """Scores groups with a list of terms."""
+
+    terms: tuple[BoundTerm, ...]
+
+    @property
+    def names(self) -> list[str]:
+        """The terms' names in metrics, in the recipe's order."""
+        return [term.label for term in self.terms]
+
+    def score(self, groups: Sequence[Group]) -> Scores:
+        """The weighted sum of all terms for every completion, and each term with its status.
+
+        A term that fails (an exception, nan, a wrong type) is never a 0: the completion's total is nan, which takes it
+        out of its group's baseline and out of the loss. A gate that is not above 0 makes its term 0; a reward over one
+        completion is then not called, and a failure in a call that was made is reported even so.
+
+        A reward that abstains on a whole group adds 0 there. If it abstains on some siblings only, those have no
+        total, as theirs would be another sum than their siblings'. Where every term abstains there is no total either.
+
+        Raises:
+            RewardError: a reward over several completions returned the wrong number of values.
+        """
+        num_generations = _num_generations(groups)
+        outcomes: dict[str, list[Outcome]] = {}
+        by_label = {term.label: term for term in self.terms}
+        for label in gate_order({term.label: term.only_if for term in self.terms}):
+            term = by_label[label]
+            gate = outcomes[term.only_if] if term.only_if is not None else None
+            is_open = [gate is None or gate[row].value > 0 for row in range(len(groups) * num_generations)]
+            outcomes[label] = _behind_gate(_score_term(term, groups, is_open), is_open)
+        totals = self._totals(outcomes, num_generations)
+        shape = (len(groups), num_generations)
+        return Scores(
+            total=torch.tensor(totals, dtype=torch.float32).reshape(shape),
+            terms={name: _tensor(outcomes[name]).reshape(shape) for name in self.names},
+            status={name: _by_group([each.status for each in outcomes[name]], num_generations) for name in self.names},
+            reasons=_reasons({name: outcomes[name] for name in self.names}, groups),
+        )
+
+    def _totals(self, outcomes: dict[str, list[Outcome]], num_generations: int) -> list[float]:
+        """The weighted sums, row by row. A sum that is too large becomes the failure of its largest part."""
+        num_rows = len(outcomes[self.terms[0].label])
+        totals = []
+        for start in range(0, num_rows, num_generations):
+            rows = range(start, start + num_generations)
+            applies = {name for name, found in outcomes.items() if any(found[row].status == "ok" for row in rows)}
+            totals += [self._total({name: found[row] for name, found in outcomes.items()}, applies) for row in rows]
+        for row in [row for row, total in enumerate(totals) if math.isinf(total)]:
+            parts = {term.label: abs(_part(term, outcomes[term.label][row])) for term in self.terms}
+            reason = f"made the weighted total larger than {LARGEST:g}"
+            outcomes[max(parts, key=parts.__getitem__)][row] = Outcome(math.nan, "non_finite", reason)
+            totals[row] = math.nan
+        return totals
+
+    def _total(self, row: Mapping[str, Outcome], applies: Collection[str]) -> float:
+        """The weighted sum of one completion, nan if it is not scored, inf if it is too large."""
+        statuses = {outcome.status for outcome in row.values()}
+        other_sum = any(outcome.status == "abstained" and name in applies for name, outcome in row.items())
+        if statuses & FAILURES or "ok" not in statuses or other_sum:
+            return math.nan
+        parts = [_part(term, row[term.label]) for term in self.terms]
+        return math.inf if sum(map(abs, parts)) > LARGEST else sum(parts)
+
+
+def _tensor(outcomes: Sequence[Outcome]) -> torch.Tensor:
+    return torch.tensor([each.value for each in outcomes], dtype=torch.float32)
+
+
+def _part(term: BoundTerm, outcome: Outcome) -> float:
+    return term.weight * outcome.value if outcome.status == "ok" else 0.0
+
+
+def _num_generations(groups: Sequence[Group]) -> int:
+    sizes = sorted({len(group.completions) for group in groups})
+    if len(sizes) != 1 or sizes[0] == 0:
+        found = f"sizes {', '.join(map(str, sizes))}" if sizes else "none"
+        raise ValueError(f"scoring needs groups with the same number of completions, at least one; found {found}")
+    return sizes[0]
+
+
+def _score_term(term: BoundTerm, groups: Sequence[Group], is_open: Sequence[bool]) -> list[Outcome]:
+    if term.reward.scope == "completions":
+        return call(term, _batch_arguments(term, groups), num_completions=len(is_open))
+    if term.reward.scope == "group":
+        return [
+            outcome
+            for group in groups
+            for outcome in _call_with_columns(term, "group", group, group.example, len(group.completions))
+        ]
+    rows = [(group.example, completion) for group in groups for completion in group.completions]
+    return [
+        _call_with_columns(term, "completion", completion, example, 1)[0] if row_is_open else GATED
+        for (example, completion), row_is_open in zip(rows, is_open, strict=True)
+    ]
+
+
+def _call_with_columns(
+    term: BoundTerm, scope: str, scored: Completion | Group, example: Example, num_completions: int
+) -> list[Outcome]:
+    missing = [name for name in term.reward.columns if name not in example.columns]
+    if missing:
+        reason = f'found no column "{missing[0]}"'
+        return [Outcome(math.nan, "error", reason)] * num_completions
+    columns = {name: example.columns[name] for name in term.reward.columns}
+    return call(term, {scope: scored, **columns}, num_completions=num_completions)
+
+
+def _behind_gate(outcomes: list[Outcome], is_open: Sequence[bool]) -> list[Outcome]:
+    return [
+        outcome if row_is_open or outcome.status in FAILURES else GATED
+        for outcome, row_is_open in zip(outcomes, is_open, strict=True)
+    ]
+
+
+def _batch_arguments(term: BoundTerm, groups: Sequence[Group]) -> dict[str, Any]:
+    """What TRL's trainer passes: prompts, completions and their ids as lists with one entry per completion, and the
+    columns likewise. Chat prompts are lists of messages, and their completions then are, too."""
+    rows = [(group.example, completion) for group in groups for completion in group.completions]
+    shared = [name for name in rows[0][0].columns if all(name in example.columns for example, _ in rows)]
+    arguments: dict[str, Any] = {
+        **{name: [example.columns[name] for example, _ in rows] for name in shared if name not in _RESERVED},
+        "prompts": [_messages(example) for example, _ in rows],
+        "completions": [_answer(example, completion) for example, completion in rows],
+        "completion_ids": [list(completion.token_ids) for _, completion in rows],
+    }
+    if term.reward.takes_all_columns:
+        return arguments
+    return {name: value for name, value in arguments.items() if name in term.reward.named}
+
+
+def _messages(example: Example) -> str | list[dict[str, Any]]:
+    return example.prompt if example.messages is None else [dict(message) for message in example.messages]
+
+
+def _answer(example: Example, completion: Completion) -> str | list[dict[str, Any]]:
+    return completion.text if example.messages is None else [{"role": "assistant", "content": completion.text}]
+
+
+def _by_group(statuses: list[str], num_generations: int) -> tuple[tuple[str, ...], ...]:
+    starts = range(0, len(statuses), num_generations)
+    return tuple(tuple(statuses[start : start + num_generations]) for start in starts)
+
+
+def _reasons(outcomes: Mapping[str, list[Outcome]], groups: Sequence[Group]) -> dict[str, str]:
+    """The first failure of each term, in words; completions are counted from 0."""
+    places = [(group.example.id, index) for group in groups for index in range(len(group.completions))]
+    first = {
+        name: next(((row, each.reason) for row, each in enumerate(rows) if each.status in FAILURES), None)
+        for name, rows in outcomes.items()
+    }
+    return {
+        name: f'reward "{name}" {found[1]} for example {places[found[0]][0]}, completion {places[found[0]][1]}'
+        for name, found in first.items()
+        if found is not None
+    }

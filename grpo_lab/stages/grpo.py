@@ -1,0 +1,75 @@
+"""The GRPO stage: builds the loop's parts, hangs evaluation, advice and saving on it, and runs it."""
+
+from grpo_lab.engines.learner import Learner
+from grpo_lab.engines.native import Parts, train
+from grpo_lab.evaluate import Evaluation, evaluate
+from grpo_lab.policy.forward import PolicyForward, frozen_copy
+from grpo_lab.policy.load import load_policy
+from grpo_lab.recipe.schema import GrpoStage
+from grpo_lab.sampling import make_sampler
+from grpo_lab.sampling.decoding import Decoding
+from grpo_lab.seeds import derive_seed
+from grpo_lab.stages.advice import Advice
+from grpo_lab.stages.plan import GrpoPlan
+from grpo_lab.stages.running import Context, checkpointing, evaluating, finish, reporting, resume
+from grpo_lab.types import Policy
+
+
+def run_grpo(context: Context, plan: GrpoPlan) -> None:
+    """Train the stage from where it stands to its end, and leave its final model."""
+    stage, recipe = plan.stage, context.recipe
+    policy = load_policy(recipe.model, context.tokenizer, seed=recipe.seed, folder=context.start)
+    reference = frozen_copy(policy) if stage.algorithm.beta > 0 else None  # before resume: as the stage began
+    learner = Learner(
+        PolicyForward(policy.model, temperature=stage.sampling.temperature),
+        stage.optimizer,
+        total_steps=stage.steps * stage.algorithm.num_iterations * stage.algorithm.num_minibatches,
+        micro_batch_size=stage.micro_batch_size,
+    )
+    start = resume(context, plan.name, policy, learner)
+
+    def measure(step: int) -> None:
+        result = measure_policy(policy, plan, seed=recipe.seed)
+        context.sinks.evaluation(plan.name, step, result.metrics, result.rows)
+
+    if start == 0 and stage.evaluation is not None:
+        measure(0)
+    parts = Parts(
+        name=plan.name,
+        stage=stage,
+        seed=recipe.seed,
+        policy=policy,
+        reference=reference,
+        prompts=plan.prompts,
+        sampler=make_sampler(stage.sampling.backend, policy, Decoding.of(stage.sampling)),
+        rewards=plan.rewards,
+        learner=learner,
+        folder=context.folder.path,
+    )
+    report = reporting(
+        context.sinks.step,
+        Advice(context.sinks),
+        evaluating(stage.evaluation, measure),
+        checkpointing(context, policy, learner, stage.checkpoint),
+    )
+    train(parts, start=start, report=report)
+    finish(context, policy, steps=stage.steps)
+
+
+def measure_policy(
+    policy: Policy, plan: GrpoPlan, *, seed: int, num_samples: int | None = None, pass_at: tuple[int, ...] = ()
+) -> Evaluation:
+    """The policy on the stage's held-out prompts: greedy, and sampled as the stage samples. The same noise each time."""
+    stage: GrpoStage = plan.stage
+    assert stage.evaluation is not None
+    count = stage.evaluation.num_samples if num_samples is None else num_samples
+    decoding = Decoding.of(stage.sampling)
+    return evaluate(
+        plan.held_out,
+        plan.held_out_rewards,
+        greedy=make_sampler(stage.sampling.backend, policy, decoding.greedy()),
+        sampled=make_sampler(stage.sampling.backend, policy, decoding) if count else None,
+        num_samples=count,
+        seed=derive_seed(seed, plan.name),
+        pass_at=pass_at,
+    )

@@ -1,0 +1,133 @@
+"""What every stage does around its steps: resume, log, evaluate, save, stop when asked, and leave a final model."""
+
+import os
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from grpo_lab.engines.learner import Learner
+from grpo_lab.errors import StopRequested
+from grpo_lab.policy.load import write_policy
+from grpo_lab.recipe import Recipe
+from grpo_lab.recipe.schema import Checkpoint, Evaluation
+from grpo_lab.tracking.checkpoints import load_latest, optimizer_state, optimizer_tensors, save_checkpoint
+from grpo_lab.tracking.files import write_json
+from grpo_lab.tracking.folders import save_folder_atomic
+from grpo_lab.tracking.jsonl import JsonlSink
+from grpo_lab.tracking.run_folder import StageFolder
+from grpo_lab.tracking.sinks import Sinks
+from grpo_lab.types import Callback, Policy, StepEnd
+
+EXIT_CODES = {signal.SIGTERM: 75, signal.SIGINT: 130}
+
+
+class StopSignal:
+    """SIGTERM or Ctrl-C asks: the step in progress is finished and saved. The second time ends the process at once."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopSignal":
+        self._before = {number: signal.signal(number, self._on_signal) for number in EXIT_CODES}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
+        if self.received is not None:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        self.received = number
+
+    def check(self, where: str) -> None:
+        """Leave if someone asked. Call it where everything needed to go on is on the disk."""
+        if self.received is not None:
+            name = signal.Signals(self.received).name
+            raise StopRequested(f"{name}: stopped {where}; --resume goes on from here", EXIT_CODES[self.received])
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a stage needs from the run that it is part of. `start` is the folder to begin with; None = the recipe's model."""
+
+    recipe: Recipe
+    tokenizer: Any
+    folder: StageFolder
+    start: Path | None
+    files: JsonlSink
+    sinks: Sinks
+    stop: StopSignal
+
+
+def resume(context: Context, name: str, policy: Policy, learner: Learner) -> int:
+    """Load the newest readable checkpoint, cut the logs back to it, and say how many steps are done."""
+    loaded = load_latest(context.folder.checkpoints)
+    context.files.truncate(name, loaded.step if loaded else -1)
+    if loaded is None:
+        return 0
+    for problem in loaded.skipped:
+        context.sinks.event(name, loaded.step, "warning", f"checkpoint left out: {problem}", {})
+    policy.model.load_state_dict(dict(loaded.tensors["model"]))
+    learner.optimizer.load_state_dict(optimizer_state(loaded.tensors["optimizer"], loaded.state["optimizer"]))
+    learner.steps_done = loaded.state["steps_done"]
+    learner.skipped_in_a_row = loaded.state["skipped_in_a_row"]
+    context.sinks.event(name, loaded.step, "info", f"resumed from {loaded.path.name}", {})
+    return loaded.step
+
+
+def checkpointing(context: Context, policy: Policy, learner: Learner, settings: Checkpoint) -> Callback:
+    """Save every `every` steps, after the last one, and when the run was asked to stop (which then happens)."""
+
+    def save(end: StepEnd) -> None:
+        asked = context.stop.received is not None
+        if not (asked or end.step % settings.every == 0 or end.step == end.num_steps):
+            return
+        tensors, values = optimizer_tensors(learner.optimizer.state_dict())
+        save_checkpoint(
+            context.folder.checkpoints,
+            step=end.step,
+            tensors={"model": policy.model.state_dict(), "optimizer": tensors},
+            state={
+                "optimizer": values,
+                "steps_done": learner.steps_done,
+                "skipped_in_a_row": learner.skipped_in_a_row,
+            },
+            keep=settings.keep,
+        )
+        context.stop.check(f"after step {end.step} of stage {end.stage}, saved")
+
+    return save
+
+
+def evaluating(settings: Evaluation | None, measure: Callable[[int], None]) -> Callback:
+    """Measure every `every` steps and after the last one."""
+
+    def after_step(end: StepEnd) -> None:
+        if settings is None:
+            return
+        if end.step == end.num_steps or (settings.every is not None and end.step % settings.every == 0):
+            measure(end.step)
+
+    return after_step
+
+
+def reporting(*callbacks: Callback) -> Callback:
+    """Several callbacks as one, called in order; saving comes last, so that a checkpoint's logs are complete."""
+
+    def report(end: StepEnd) -> None:
+        for callback in callbacks:
+            callback(end)
+
+    return report
+
+
+def finish(context: Context, policy: Policy, *, steps: int) -> None:
+    """Write `final/`, then `result.json`, whose presence says that the stage is done."""
+    save_folder_atomic(context.folder.final, lambda folder: write_policy(policy, folder))
+    write_json(context.folder.result, {"steps": steps})

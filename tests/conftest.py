@@ -1,0 +1,115 @@
+"""What tests share: shapes and types checked at run time, a tiny model with a real tokenizer, a toy recipe."""
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: spinning threads slow a busy machine tenfold
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from jaxtyping import install_import_hook
+
+install_import_hook("grpo_lab", "beartype.beartype")
+
+from pathlib import Path  # noqa: E402
+from textwrap import dedent  # noqa: E402
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+torch.set_num_threads(1)
+
+from grpo_lab.data.tokenizer import build_tokenizer  # noqa: E402
+from grpo_lab.policy.load import load_policy  # noqa: E402
+from grpo_lab.recipe.schema import Model  # noqa: E402
+from grpo_lab.types import Completion, Example, Group, Policy  # noqa: E402
+
+CORPUS = ["12+34=", "<think>2+4=6 c0;1+3=4 c0</think>\n<answer>46</answer>"] * 20
+
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+}
+
+TOY_RECIPE = """\
+# A toy recipe for tests.
+name: toy
+model:
+  config: {model_type: llama, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2, num_attention_heads: 4,
+           num_key_value_heads: 2, max_position_embeddings: 128, tie_word_embeddings: true}
+  tokenizer: {vocab_size: 300}
+stages:
+  warm_start:
+    kind: sft
+    data: {source: task, path: addition, prompt: prompt, completion: completion, options: {digits: 1, size: 40}}
+    batch_size: 8
+    micro_batch_size: 3
+    steps: 4
+    optimizer: {learning_rate: 2.0e-3, schedule: linear, warmup_steps: 1}
+    checkpoint: {every: 1, keep: 2}
+    evaluation:
+      data: {source: task, path: addition, split: test, prompt: prompt, completion: completion, options: {digits: 1}}
+      every: 2
+  grpo:
+    kind: grpo
+    data: {source: task, path: addition, prompt: prompt, answer: {column: answer}, options: {digits: 1, size: 10}}
+    sampling: {num_generations: 4, max_completion_length: 12}
+    rewards:
+      - {name: accuracy}
+      - {name: length, weight: 0.1, options: {target: 8}}
+    algorithm: {beta: 0.04, num_iterations: 2, num_minibatches: 2}
+    prompts_per_step: 4
+    micro_batch_size: 5
+    steps: 12
+    optimizer: {learning_rate: 1.0e-3}
+    checkpoint: {every: 1, keep: 2}
+    evaluation:
+      data: {source: task, path: addition, split: test, prompt: prompt, answer: {column: answer},
+             options: {digits: 1}}
+      every: 5
+      num_samples: 2
+"""
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return build_tokenizer(CORPUS, vocab_size=300, split_digits=True)
+
+
+def make_policy(tokenizer, *, seed: int = 0, **config) -> Policy:
+    """A policy with random weights, large enough that distributions are far from uniform."""
+    policy = load_policy(Model(config={**LLAMA, **config}, tokenizer="built"), tokenizer, seed=seed)
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in policy.model.parameters():
+            if parameter.ndim >= 2:
+                parameter.normal_(0.0, 0.25)
+    return policy
+
+
+@pytest.fixture
+def tiny_policy(tokenizer) -> Policy:
+    return make_policy(tokenizer)
+
+
+def make_examples(tokenizer, prompts=("1+2=", "33+44=", "5+6=")) -> list[Example]:
+    return [
+        Example(f"p{i}", text, tuple(tokenizer(text)["input_ids"]), {"answer": str(i)})
+        for i, text in enumerate(prompts)
+    ]
+
+
+def make_group(example: Example, rows: list[tuple[tuple[int, ...], bool]]) -> Group:
+    return Group(example, tuple(Completion("", ids, finished) for ids, finished in rows))
+
+
+@pytest.fixture
+def toy_recipe(tmp_path: Path) -> Path:
+    path = tmp_path / "toy.yaml"
+    path.write_text(dedent(TOY_RECIPE))
+    return path
