@@ -8,7 +8,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, TypeVar
 
-from grpo_lab.data.chat import template_problems
+from grpo_lab.data.chat import prefills_thinking, template_problems
 from grpo_lab.data.examples import (
     TrainingRow,
     check_prompts,
@@ -21,7 +21,7 @@ from grpo_lab.data.sources import Rows, load_rows
 from grpo_lab.data.stream import PromptStream, Stream
 from grpo_lab.data.tokenizer import build_tokenizer
 from grpo_lab.errors import RecipeError
-from grpo_lab.policy.load import context_length, eos_ids, load_tokenizer, model_config
+from grpo_lab.policy.load import context_length, eos_ids, generation_config, load_tokenizer, model_config
 from grpo_lab.recipe import LoadedRecipe, Recipe, SourceMap
 from grpo_lab.recipe.schema import Data, GrpoStage, RewardTerm, SftStage, TokenizerBuild
 from grpo_lab.scoring import Registry, bind, discover, problems
@@ -114,7 +114,7 @@ def assemble(loaded: LoadedRecipe, *, tokenizer_folder: Path | None = None) -> P
     found.stop_if_any()
     assert context is not None
     if any(data.chat and data.text is None for _, data in _data_blocks(recipe)):
-        for problem in template_problems(tokenizer, eos_ids(tokenizer, config, None)):
+        for problem in template_problems(tokenizer, eos_ids(tokenizer, config, generation_config(recipe.model))):
             found.add(("model",), problem)
     builder = Builder(recipe, registry, tokenizer, context, known, found)
     stages = [builder.stage(name) for name in recipe.stages]
@@ -175,6 +175,11 @@ class Builder:
                 terms += ACCURACIES
             for _, problem in problems(terms, self.registry, columns):
                 self.found.add(at, problem)
+        if stage.data.chat and prefills_thinking(self.tokenizer):
+            for index, term in enumerate(stage.rewards):
+                if term.name == "format" and not term.options.get("prefilled", False):
+                    message = "the chat template already writes <think> in the prompt; set options: {prefilled: true}"
+                    self.found.add((*loc, "rewards", index), message)
         stream = PromptStream(examples, stage.prompts_per_step, seed=derive_seed(self.recipe.seed, name, "order"))
         return GrpoPlan(name, stage, stream, bind(stage.rewards, self.registry), held_out, bind(terms, self.registry))
 

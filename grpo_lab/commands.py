@@ -46,7 +46,7 @@ def output(summary: Any, *, as_json: bool, quiet: bool) -> None:
     if as_json:
         print_json(summary)
     elif not quiet:
-        show(summary, Console())
+        show(summary, wide_console())
 
 
 def dry_run(loaded: LoadedRecipe, *, as_json: bool) -> None:
@@ -57,7 +57,7 @@ def dry_run(loaded: LoadedRecipe, *, as_json: bool) -> None:
     if as_json:
         print_json(found)
     else:
-        show_plan(found, Console())
+        show_plan(found, wide_console())
 
 
 def validate(recipes: Sequence[str], *, as_json: bool) -> int:
@@ -128,6 +128,12 @@ def show_metrics(metrics: dict[str, float], console: Console) -> None:
         base = name.removesuffix("/mean")
         bounds = f" [{metrics[f'{base}/low']:.4f}, {metrics[f'{base}/high']:.4f}]" if f"{base}/low" in metrics else ""
         console.print(f"{base:32} {value:.4f}{bounds}", markup=False, highlight=False, soft_wrap=True)
+
+
+def wide_console() -> Console:
+    """Standard output; a pipe or file, which has no width, gets tables whole."""
+    console = Console()
+    return console if console.is_terminal else Console(width=120)
 
 
 def print_json(values: Any) -> None:

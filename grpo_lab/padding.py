@@ -19,7 +19,7 @@ def pad_left(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Int[Tensor, "N
     return ids, torch.arange(width) >= (width - lengths)[:, None]
 
 
-def pad_right(rows: Sequence[Sequence[float]], fill: float, dtype: torch.dtype) -> Shaped[Tensor, "N T"]:
+def pad_right(rows: Sequence[Sequence[int | float]], fill: int | float, dtype: torch.dtype) -> Shaped[Tensor, "N T"]:
     """Rows of numbers as one tensor with `fill` on the right.
 
     >>> pad_right([[5, 6, 7], [8]], 0, torch.long).tolist()

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -128,7 +129,8 @@ def show(summary: Mapping[str, Any], console: Console) -> None:
 def held_out_table(stage: str, quantities: Mapping[str, Mapping[str, Any]]) -> Table:
     """One row per quantity: before, after, change, each with its 95 % interval."""
     prompts = next(iter(quantities.values()))["num_prompts"]
-    table = Table(title=f"{stage}: held-out, {prompts} prompts, 95 % intervals", title_justify="left")
+    title = f"{stage}: held-out, {prompts} prompts, 95 % intervals"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1))
     for column in ("quantity", "before", "after", "change"):
         table.add_column(column, no_wrap=True)
     for name, values in quantities.items():

@@ -11,14 +11,19 @@ from jaxtyping import install_import_hook
 
 install_import_hook("grpo_lab", "beartype.beartype")
 
+import sys  # noqa: E402
+from collections.abc import Callable  # noqa: E402
+from functools import partial  # noqa: E402
 from pathlib import Path  # noqa: E402
 from textwrap import dedent  # noqa: E402
+from typing import NamedTuple  # noqa: E402
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
 torch.set_num_threads(1)
 
+from grpo_lab.cli import main  # noqa: E402
 from grpo_lab.data.tokenizer import build_tokenizer  # noqa: E402
 from grpo_lab.policy.load import load_policy  # noqa: E402
 from grpo_lab.recipe.schema import Model  # noqa: E402
@@ -81,9 +86,12 @@ def tokenizer():
     return build_tokenizer(CORPUS, vocab_size=300, split_digits=True)
 
 
-def make_policy(tokenizer, *, seed: int = 0, **config) -> Policy:
+def make_policy(
+    tokenizer, *, seed: int = 0, attention="sdpa", dtype="float32", gradient_checkpointing=False, **config
+) -> Policy:
     """A policy with random weights, large enough that distributions are far from uniform."""
-    policy = load_policy(Model(config={**LLAMA, **config}, tokenizer="built"), tokenizer, seed=seed)
+    settings = {"attention": attention, "dtype": dtype, "gradient_checkpointing": gradient_checkpointing}
+    policy = load_policy(Model(config={**LLAMA, **config}, tokenizer="built", **settings), tokenizer, seed=seed)
     torch.manual_seed(seed)
     with torch.no_grad():
         for parameter in policy.model.parameters():
@@ -108,8 +116,45 @@ def make_group(example: Example, rows: list[tuple[tuple[int, ...], bool]]) -> Gr
     return Group(example, tuple(Completion("", ids, finished) for ids, finished in rows))
 
 
+@pytest.fixture(name="make_policy")
+def _make_policy(tokenizer):
+    return partial(make_policy, tokenizer)
+
+
+@pytest.fixture(name="make_examples")
+def _make_examples(tokenizer):
+    return partial(make_examples, tokenizer)
+
+
+@pytest.fixture(name="make_group")
+def _make_group():
+    return make_group
+
+
 @pytest.fixture
 def toy_recipe(tmp_path: Path) -> Path:
     path = tmp_path / "toy.yaml"
     path.write_text(dedent(TOY_RECIPE))
     return path
+
+
+class Ran(NamedTuple):
+    """How a command ended, and what it wrote on standard output and standard error."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Ran]:
+    """The command line, in this process: `cli("validate", "x.yaml").code`."""
+
+    def run(*arguments: object) -> Ran:
+        monkeypatch.setattr(sys, "argv", ["grpo-lab", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            main()
+        return Ran(stop.value.code or 0, *capsys.readouterr())
+
+    return run

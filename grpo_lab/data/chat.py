@@ -122,11 +122,6 @@ def template_problems(tokenizer: PreTrainedTokenizerBase, eos_ids: Iterable[int]
             f"the chat template ends a turn with {end.text} (id {end.id}), but sampling stops at {stops}: answers would "
             "run on to the length limit; add the id to eos_token_id in the model's generation_config.json"
         )
-    if prefills_thinking(tokenizer):
-        problems.append(
-            "the chat template already writes <think> in the prompt, so completions never hold the opening tag: rewards "
-            "that look for <think>...</think> give 0; set model.chat_template to one without it"
-        )
     return problems
 
 

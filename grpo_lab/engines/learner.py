@@ -23,8 +23,9 @@ def learning_rate(settings: Optimizer, index: int, total: int) -> float:
     A function of the index, so there is no scheduler state to save.
     """
     warmup = settings.warmup_steps if settings.warmup_steps >= 1 else settings.warmup_steps * total
+    warmup = math.ceil(round(warmup, 6))  # 0.07 * 100 is 7.000000000000001
     if index < warmup:
-        return settings.learning_rate * (index + 1) / math.ceil(warmup)
+        return settings.learning_rate * (index + 1) / warmup
     progress = (index - warmup) / max(1.0, total - warmup)
     factor = {
         "constant": 1.0,

@@ -48,7 +48,7 @@ def train(parts: Parts, *, start: int, report: Callable[[StepEnd], None]) -> Non
         parts.sampler.sync(parts.policy)
         clock.lap("learn")
         timing = clock.report(completions=batch.num_rows, tokens=int(batch.completion_mask.sum()))
-        metrics = step_metrics(groups, scores, batch, stats)
+        metrics = step_metrics(groups, scores, stats)
         report(StepEnd(parts.name, step + 1, stage.steps, metrics, timing, groups, scores))
 
 

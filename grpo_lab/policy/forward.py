@@ -36,7 +36,7 @@ class PolicyForward(nn.Module):
             logits_to_keep=width + 1,
         ).logits[:, :-1]  # the logits at column t-1 predict the token at column t
         if self.temperature != 1.0:
-            logits = logits / self.temperature
+            logits = logits.float() / self.temperature  # bfloat16 would round the quotient; the sampler does not
         with torch.no_grad():
             spread = entropy(logits)
         return LogpsAndEntropy(selected_logps(logits, batch.completion_ids), spread)

@@ -4,6 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from grpo_lab.errors import RecipeError
@@ -11,6 +13,8 @@ from grpo_lab.recipe.schema import Model
 from grpo_lab.seeds import derive_seed
 from grpo_lab.types import Policy
 
+# What transformers raises for a folder, a config or weights that it cannot use.
+LOADING_ERRORS = (OSError, ValueError, TypeError, KeyError, RuntimeError, StrictDataclassError, SafetensorError)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -21,8 +25,10 @@ def load_tokenizer(model: Model, folder: str | Path | None = None) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(
             source, revision=model.revision, trust_remote_code=model.trust_remote_code
         )
-    except (OSError, ValueError, KeyError) as error:
+    except LOADING_ERRORS as error:
         raise RecipeError(f"model: cannot load a tokenizer from {source}: {first_line(error)}") from error
+    for key in ("is_local", "local_files_only"):  # how it was loaded, which would be written beside the final model
+        tokenizer.init_kwargs.pop(key, None)
     if model.chat_template not in (None, "chatml"):
         template = Path(model.chat_template)
         if not template.is_file():
@@ -38,7 +44,7 @@ def model_config(model: Model, tokenizer: Any) -> Any:
             return AutoConfig.from_pretrained(
                 model.path, revision=model.revision, trust_remote_code=model.trust_remote_code
             )
-        except (OSError, ValueError, KeyError) as error:
+        except LOADING_ERRORS as error:
             raise RecipeError(f"model.path: cannot load {model.path}: {first_line(error)}") from error
     settings = {
         "vocab_size": len(tokenizer),
@@ -50,8 +56,18 @@ def model_config(model: Model, tokenizer: Any) -> Any:
     model_type = settings.pop("model_type")
     try:
         return AutoConfig.for_model(model_type, **settings)
-    except (ValueError, TypeError, KeyError) as error:
+    except LOADING_ERRORS as error:
         raise RecipeError(f"model.config: {first_line(error)}") from error
+
+
+def generation_config(model: Model) -> GenerationConfig | None:
+    """What the model's repository says of generation, read without loading weights; None where it says nothing."""
+    if model.path is None:
+        return None
+    try:
+        return GenerationConfig.from_pretrained(model.path, revision=model.revision)
+    except OSError:  # the file is optional
+        return None
 
 
 def load_policy(model: Model, tokenizer: Any, *, seed: int, folder: str | Path | None = None) -> Policy:
@@ -64,19 +80,27 @@ def load_policy(model: Model, tokenizer: Any, *, seed: int, folder: str | Path |
     if folder is None and model.config is not None:
         with torch.random.fork_rng():
             torch.manual_seed(derive_seed(seed, "weights"))
-            network = AutoModelForCausalLM.from_config(model_config(model, tokenizer), **options)
+            config = model_config(model, tokenizer)
+            try:
+                network = AutoModelForCausalLM.from_config(config, **options)
+            except LOADING_ERRORS as error:
+                raise RecipeError(f"model.config: {first_line(error)}") from error
     else:
         source = str(folder or model.path)
         try:
-            network = AutoModelForCausalLM.from_pretrained(
+            network, info = AutoModelForCausalLM.from_pretrained(
                 source,
                 revision=None if folder else model.revision,
                 trust_remote_code=model.trust_remote_code,
                 use_safetensors=True,
+                output_loading_info=True,
                 **options,
             )
-        except (OSError, ValueError, KeyError) as error:
+        except LOADING_ERRORS as error:
             raise RecipeError(f"model.path: cannot load {source}: {first_line(error)}") from error
+        if info["missing_keys"]:  # transformers would train on with random ones
+            names = sorted(info["missing_keys"])
+            raise RecipeError(f"model.path: {source} lacks {len(names)} of the model's weights, the first {names[0]}")
     if model.gradient_checkpointing:
         network.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -105,7 +129,9 @@ def eos_ids(tokenizer: Any, config: Any, generation_config: GenerationConfig | N
 
 def context_length(config: Any) -> int:
     """The most tokens a model can attend to, prompt and completion together."""
-    length = config.get_text_config().to_dict().get("max_position_embeddings")
+    text = config.get_text_config()
+    name = text.attribute_map.get("max_position_embeddings", "max_position_embeddings")  # GPT-2 says n_positions
+    length = text.to_dict().get(name)
     if not isinstance(length, int):
         raise RecipeError(f"model: the config of {config.model_type} does not state max_position_embeddings")
     return length
@@ -119,4 +145,7 @@ def write_policy(policy: Policy, folder: Path) -> None:
 
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, which is where libraries put the cause."""
-    return str(error).strip().partition("\n")[0] or type(error).__name__
+    if isinstance(error, StrictDataclassError) and error.__cause__ is not None:  # it names its validator first
+        error = error.__cause__
+    text = f"unknown name {error}" if isinstance(error, KeyError) else str(error)
+    return text.strip().partition("\n")[0] or type(error).__name__

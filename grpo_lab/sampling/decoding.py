@@ -1,7 +1,7 @@
 """From logits to a token: temperature, top_k, top_p and min_p, then inverse-CDF sampling with given noise."""
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -40,6 +40,7 @@ class Decoding:
         return Decoding(self.max_completion_length, temperature=0.0, max_rows=self.max_rows)
 
 
+@runtime_checkable
 class Sampler(Protocol):
     """Draws completions. `seed` fixes all noise; group i's noise depends on (seed, i) only, not on batching."""
 
@@ -81,7 +82,9 @@ def inverse_cdf(probs: Float[Tensor, "N V"], uniform: Float[Tensor, "N"]) -> Int
     last = probs.shape[-1] - 1 - (probs.flip(-1) > 0).int().argmax(-1)  # the last token with mass
     target = uniform * cumulative[:, -1]
     index = torch.searchsorted(cumulative, target[:, None].contiguous(), right=True).squeeze(-1)
-    return torch.minimum(index, last)
+    index = torch.minimum(index, last)
+    # a parallel scan (CUDA) may rise by a rounding where a token has no mass
+    return torch.where(probs.gather(-1, index[:, None]).squeeze(-1) > 0, index, last)
 
 
 def group_noise(seed: int, group: int, num_generations: int, length: int) -> Float[Tensor, "G T"]:

@@ -23,11 +23,14 @@ class HfSampler:
     def sample(self, examples: list[Example], *, num_generations: int, seed: int) -> list[Group]:
         """`num_generations` completions for each example."""
         self.policy.model.eval()
+        size = min(num_generations, self.decoding.max_rows or num_generations)
+        sizes = [min(size, num_generations - first) for first in range(0, num_generations, size)]
         groups = []
         for index, example in enumerate(examples):
             with torch.random.fork_rng():
                 torch.manual_seed(derive_seed(seed, "noise", index))
-                groups.append(Group(example, tuple(self._generate(example, num_generations))))
+                completions = [done for count in sizes for done in self._generate(example, count)]
+                groups.append(Group(example, tuple(completions)))
         return groups
 
     def _generate(self, example: Example, num_generations: int) -> list[Completion]:
@@ -46,7 +49,12 @@ class HfSampler:
         )
         prompt = torch.tensor([example.prompt_ids], device=next(self.policy.model.parameters()).device)
         rows = prompt.repeat(num_generations, 1)
-        out = self.policy.model.generate(rows, attention_mask=torch.ones_like(rows), generation_config=settings)
+        model = self.policy.model
+        own, model.generation_config = model.generation_config, GenerationConfig()  # its penalties would slip in
+        try:
+            out = model.generate(rows, attention_mask=torch.ones_like(rows), generation_config=settings)
+        finally:
+            model.generation_config = own
         tokens = out.sequences[:, prompt.shape[1] :]
         logps = torch.stack([scores.float().log_softmax(-1) for scores in out.scores], 1)  # [G, T, V]
         chosen = logps.gather(-1, tokens[..., None]).squeeze(-1)

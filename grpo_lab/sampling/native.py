@@ -32,7 +32,9 @@ class NativeSampler:
             part = examples[start : start + prompts_at_once]
             length = self.decoding.max_completion_length
             noise = torch.cat([group_noise(seed, start + i, num_generations, length) for i in range(len(part))])
-            completions = self._decode([example.prompt_ids for example in part], num_generations, noise)
+            prompts = [example.prompt_ids for example in part]
+            pieces = noise.split(rows)  # one, unless a single group is larger than max_rows
+            completions = [done for piece in pieces for done in self._decode(prompts, len(piece) // len(part), piece)]
             for i, example in enumerate(part):
                 groups.append(Group(example, tuple(completions[i * num_generations : (i + 1) * num_generations])))
         return groups

@@ -60,7 +60,8 @@ class ConsoleSink:
     ) -> None:
         """Print an evaluation's line."""
         if not self._quiet:
-            numbers = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+            shown = {name: value for name, value in metrics.items() if not name.endswith(("/low", "/high"))}
+            numbers = ", ".join(f"{name.removesuffix('/mean')} {value:.4g}" for name, value in shown.items())
             self._line(f"{stage} evaluation after {step} steps: {numbers}")
 
     def event(self, stage: str, step: int, kind: str, message: str, data: Mapping[str, Any]) -> None:
@@ -76,7 +77,7 @@ class ConsoleSink:
 
     def _line(self, text: str) -> None:
         # soft_wrap: one line stays one line, however narrow the console is thought to be.
-        self._console.print(safe(text), markup=True, highlight=False, emoji=False, soft_wrap=True)
+        self._console.print(safe(text), markup=False, highlight=False, emoji=False, soft_wrap=True)
 
     def _move_bar(self, end: StepEnd) -> None:
         if self._progress is None:

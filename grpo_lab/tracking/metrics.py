@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from grpo_lab.types import Batch, Group, Scores, UpdateStats
+from grpo_lab.types import Group, Scores, UpdateStats
 
 DESCRIPTIONS: Mapping[str, str] = {
     "loss": "The loss that was minimised; with beta 0 and one update per batch it stays at 0 while the policy learns.",
@@ -41,7 +41,7 @@ DESCRIPTIONS: Mapping[str, str] = {
     "lab/failed/<name>": "Share of completions on which one reward failed (error, timeout, bad value, crash).",
     "lab/ratio_mean": "Mean importance ratio pi / pi_old over completion tokens; 1 at the first update of a batch.",
     "lab/skipped_updates": "Optimiser steps left out because the loss or a gradient was not finite.",
-    "lab/sampler_gap": "Mean absolute difference of the trainer's and the sampler's log-probs, in nats.",
+    "lab/sampler_gap": "Mean absolute difference of the trainer's and the sampler's log-probs over completion tokens, in nats.",
 }
 
 TIMING: Mapping[str, str] = {
@@ -70,7 +70,7 @@ def description(name: str) -> str:
     return known[plain] if plain in known else known[placed]
 
 
-def step_metrics(groups: Sequence[Group], scores: Scores, batch: Batch, stats: UpdateStats) -> dict[str, float]:
+def step_metrics(groups: Sequence[Group], scores: Scores, stats: UpdateStats) -> dict[str, float]:
     """Every metric of one GRPO step; each is explained in `DESCRIPTIONS`."""
     completions = [completion for group in groups for completion in group.completions]
     lengths = [len(completion.token_ids) for completion in completions]
@@ -91,7 +91,7 @@ def step_metrics(groups: Sequence[Group], scores: Scores, batch: Batch, stats: U
             "clip_ratio/region_mean": stats.clip_low + stats.clip_high,
             "lab/ratio_mean": stats.ratio_mean,
             "lab/skipped_updates": float(stats.skipped),
-            "lab/sampler_gap": sampler_gap(batch),
+            "lab/sampler_gap": stats.sampler_gap,
         }
     )
 
@@ -108,14 +108,6 @@ def sft_metrics(
             "mean_token_accuracy": mean_token_accuracy,
         }
     )
-
-
-def sampler_gap(batch: Batch) -> float | None:
-    """How far the trainer's log-probs are from the sampler's, in nats; None if either is not in the batch."""
-    if batch.old_logps is None or batch.sampler_logps is None:
-        return None
-    gap = (batch.old_logps - batch.sampler_logps).abs().double()
-    return float(gap[batch.completion_mask].mean())
 
 
 def equal_groups(total: Float[Tensor, "P G"]) -> tuple[Bool[Tensor, "P"], Bool[Tensor, "P"]]:

@@ -77,7 +77,6 @@ class WandbSink:
             disable_git=True,
             x_disable_meta=True,
             x_disable_stats=True,
-            x_disable_machine_info=True,
         )
         self._run = self._wandb.init(
             project=self._options.project,

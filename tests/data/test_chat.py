@@ -148,10 +148,6 @@ def test_a_template_that_opens_the_thinking_is_noticed(tokenizer):
     tokenizer.chat_template = THINKING
 
     assert prefills_thinking(tokenizer)
-    assert template_problems(tokenizer, [2]) == [
-        "the chat template already writes <think> in the prompt, so completions never hold the opening tag: rewards "
-        "that look for <think>...</think> give 0; set model.chat_template to one without it"
-    ]
 
 
 def test_templated_text_gets_no_second_bos(bos_tokenizer):

@@ -106,14 +106,16 @@ def test_truncating_keeps_the_bytes_up_to_the_step(run_folder, kept):
     assert [line["step"] for line in read_jsonl(stage.events)] == list(range(1, min(kept, 3) + 1))
 
 
-def test_a_torn_last_line_goes(run_folder):
+def test_a_torn_last_line_and_half_a_rollout_file_go(run_folder):
     sink = JsonlSink(run_folder)
     log(sink, 1, 2)
     stage = run_folder.stage("grpo")
     whole = stage.metrics.read_bytes()
     with stage.metrics.open("ab") as file:
         file.write(b'{"step": 2, "rew')
+    (stage.rollouts / ".tmp-step-000003.jsonl").write_bytes(b'{"exam')
     sink.truncate("grpo", 2)
+    assert sorted(path.name for path in stage.rollouts.iterdir()) == ["step-000001.jsonl", "step-000002.jsonl"]
     assert stage.metrics.read_bytes() == whole
 
 

@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from grpo_lab.tracking.metrics import DESCRIPTIONS, description, equal_groups, sft_metrics, step_metrics
-from grpo_lab.types import Batch, Completion, Example, Group, Scores, UpdateStats
+from grpo_lab.types import Completion, Example, Group, Scores, UpdateStats
 
 NAN = float("nan")
 STATS = UpdateStats(
     loss=0.5, grad_norm=2.0, learning_rate=1e-3, kl=0.01, entropy=1.5, ratio_mean=1.0, clip_low=0.125, clip_high=0.25,
-    skipped=0,
+    skipped=0, sampler_gap=0.001,
 )  # fmt: skip
 
 
@@ -18,31 +18,17 @@ def group(*lengths_and_ends):
     return Group(Example("e", "p", (1,), {}), completions)
 
 
-def batch(mask, *, old_logps=None, sampler_logps=None):
-    rows, width = mask.shape
-    return Batch(
-        prompt_ids=torch.ones(1, 1, dtype=torch.long),
-        prompt_mask=torch.ones(1, 1, dtype=torch.bool),
-        prompt_index=torch.zeros(rows, dtype=torch.long),
-        completion_ids=torch.zeros(rows, width, dtype=torch.long),
-        completion_mask=mask,
-        old_logps=old_logps,
-        sampler_logps=sampler_logps,
-    )
-
-
 def scores(total, statuses):
     return Scores(total=total, terms={"accuracy": total}, status={"accuracy": statuses})
 
 
 OK = (("ok", "ok"), ("ok", "ok"))
-MASK = torch.tensor([[True, True], [True, False], [True, False], [True, True]])
 
 
 def test_every_metric_of_a_step_by_hand():
     groups = [group((2, True), (3, False)), group((1, True), (6, True))]
     total = torch.tensor([[1.0, 0.0], [1.0, 1.0]])
-    metrics = step_metrics(groups, scores(total, OK), batch(MASK), STATS)
+    metrics = step_metrics(groups, scores(total, OK), STATS)
     assert metrics == {
         "loss": 0.5,
         "grad_norm": 2.0,
@@ -58,6 +44,7 @@ def test_every_metric_of_a_step_by_hand():
         "lab/failed/accuracy": 0.0,
         "kl": 0.01,
         "entropy": 1.5,
+        "lab/sampler_gap": 0.001,
         "completions/mean_length": 3.0,
         "completions/min_length": 1.0,
         "completions/max_length": 6.0,
@@ -78,7 +65,7 @@ def test_what_does_not_exist_is_left_out_and_nothing_is_nan():
     total = torch.full((2, 2), NAN)
     stats = UpdateStats(NAN, math.inf, 1e-3, None, 1.5, 1.0, 0.0, 0.0, 1)
     failed = (("error", "timeout"), ("abstained", "gated"))
-    metrics = step_metrics(groups, scores(total, failed), batch(MASK), stats)
+    metrics = step_metrics(groups, scores(total, failed), stats)
     assert metrics == {
         "learning_rate": 1e-3,
         "frac_reward_zero_std": 0.0,
@@ -101,7 +88,7 @@ def test_what_does_not_exist_is_left_out_and_nothing_is_nan():
 
 def test_unscored_completions_are_out_of_the_reward():
     total = torch.tensor([[1.0, NAN], [0.0, 0.0]])
-    metrics = step_metrics([group((1, True), (1, True))] * 2, scores(total, OK), batch(MASK), STATS)
+    metrics = step_metrics([group((1, True), (1, True))] * 2, scores(total, OK), STATS)
     assert metrics["reward"] == pytest.approx(1 / 3)
     assert metrics["reward_std"] == pytest.approx(math.sqrt(1 / 3))
     assert metrics["lab/unscored"] == 0.25
@@ -111,7 +98,7 @@ def test_unscored_completions_are_out_of_the_reward():
 @pytest.mark.parametrize("status", ["error", "timeout", "bad_type", "non_finite", "crashed"])
 def test_each_way_to_fail_counts_as_failed(status):
     statuses = ((status, "ok"), ("ok", "ok"))
-    metrics = step_metrics([group((1, True), (1, True))] * 2, scores(torch.zeros(2, 2), statuses), batch(MASK), STATS)
+    metrics = step_metrics([group((1, True), (1, True))] * 2, scores(torch.zeros(2, 2), statuses), STATS)
     assert metrics["lab/failed/accuracy"] == 0.25
 
 
@@ -132,18 +119,9 @@ def test_groups_without_signal_are_split_into_high_and_low(total, high, low):
     assert (found[0].tolist(), found[1].tolist()) == (high, low)
 
 
-def test_the_sampler_gap_counts_completion_tokens_only():
-    old = torch.tensor([[-1.0, -2.0], [-1.0, 99.0], [-1.0, 99.0], [-1.0, -1.0]])
-    sampler = torch.tensor([[-1.5, -2.0], [-1.0, 0.0], [-1.0, 0.0], [-1.0, -2.0]])
-    rows = batch(MASK, old_logps=old, sampler_logps=sampler)
-    metrics = step_metrics([group((1, True), (1, True))] * 2, scores(torch.zeros(2, 2), OK), rows, STATS)
-    assert metrics["lab/sampler_gap"] == 0.25  # (.5 + 0 + 0 + 0 + 0 + 1) / 6
-
-
 def test_every_metric_has_a_description():
-    rows = batch(MASK, old_logps=torch.zeros(4, 2), sampler_logps=torch.zeros(4, 2))
     groups = [group((2, True), (3, False))] * 2
-    metrics = step_metrics(groups, scores(torch.tensor([[1.0, 0.0], [1.0, 1.0]]), OK), rows, STATS)
+    metrics = step_metrics(groups, scores(torch.tensor([[1.0, 0.0], [1.0, 1.0]]), OK), STATS)
     supervised = sft_metrics(loss=1.0, grad_norm=1.0, learning_rate=1.0, mean_token_accuracy=0.5)
     described = {description(name) for name in [*metrics, *supervised]}
     assert described == set(DESCRIPTIONS.values())

@@ -1,3 +1,4 @@
+import platform
 import subprocess
 import sys
 
@@ -46,6 +47,8 @@ def test_wandb_works_offline_without_account_network_or_secrets(tmp_path):
         b"not recorded",
     ):
         assert name in content
+    for private in (platform.platform().encode(), b"proc.cpu"):  # where it ran, and what else ran there
+        assert private not in content
     for path in folder.rglob("*"):
         if path.is_file():
             assert b"s3cr3t-t0ken" not in path.read_bytes()
