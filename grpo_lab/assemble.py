@@ -32,6 +32,7 @@ from grpo_lab.types import Example
 T = TypeVar("T")
 Loc = tuple[str | int, ...]
 MAX_HASHED_ROWS = 10_000
+FOLDERS_OF_A_RUN = {"base", "plugins"}  # beside the stages' own
 
 # Every evaluation with gold answers reports both: a policy may learn to please one reading of its answers only.
 # They weigh nothing, so the reward stays the stage's own.
@@ -63,8 +64,8 @@ class Problems:
         """A message may begin with the key that it is about: `data.prompt: column ...`."""
         head, separator, rest = message.partition(": ")
         keys = head.split(".")
-        if separator and keys[0] in ("data", "model") and all(key.isidentifier() for key in keys):
-            above = () if keys[0] == "model" else parent
+        if separator and keys[0] in ("data", "model", "plugins") and all(key.isidentifier() for key in keys):
+            above = parent if keys[0] == "data" else ()
             self.found.append(self.sources.problem((*above, *keys), rest))
         else:
             self.found.append(self.sources.problem(parent, message))
@@ -92,6 +93,8 @@ def assemble(loaded: LoadedRecipe, *, tokenizer_folder: Path | None = None) -> P
     """
     recipe = loaded.recipe
     found = Problems(loaded.sources)
+    for name in sorted(FOLDERS_OF_A_RUN & recipe.stages.keys()):
+        found.add(("stages", name), f'"{name}" is a folder of every run; give the stage another name')
     registry = found.attempt(("plugins",), lambda: discover(recipe.plugins))
     rows = {
         loc: found.attempt(loc, lambda data=data: load_rows(data, root=Path(recipe.data_root or "."), seed=recipe.seed))
@@ -114,7 +117,11 @@ def assemble(loaded: LoadedRecipe, *, tokenizer_folder: Path | None = None) -> P
     found.stop_if_any()
     assert context is not None
     if any(data.chat and data.text is None for _, data in _data_blocks(recipe)):
-        for problem in template_problems(tokenizer, eos_ids(tokenizer, config, generation_config(recipe.model))):
+        eos = eos_ids(tokenizer, config, generation_config(recipe.model))
+        wrong = found.attempt(("model",), lambda: template_problems(tokenizer, eos))
+        if wrong is None:  # a template that cannot be used at all would be every row's problem again
+            found.stop_if_any()
+        for problem in wrong or ():
             found.add(("model",), problem)
     builder = Builder(recipe, registry, tokenizer, context, known, found)
     stages = [builder.stage(name) for name in recipe.stages]
@@ -152,7 +159,8 @@ class Builder:
         rows = self._training_rows(stage, stage.data, loc)
         held_out: Sequence[TrainingRow] = ()
         if stage.evaluation is not None:
-            held_out = _finite(self._training_rows(stage, stage.evaluation.data, (*loc, "evaluation")))
+            data, at = stage.evaluation.data, (*loc, "evaluation")
+            held_out = self.found.attempt(at, lambda: _finite(self._training_rows(stage, data, at))) or ()
         stream = PromptStream(rows, stage.batch_size, seed=derive_seed(self.recipe.seed, name, "order"))
         return SftPlan(name, stage, stream, held_out)
 
@@ -168,9 +176,9 @@ class Builder:
         held_out: Sequence[Example] = ()
         terms = [*stage.rewards]
         if stage.evaluation is not None:
-            at = (*loc, "evaluation")
-            held_out = _finite(self._examples(stage, stage.evaluation.data, at))
-            columns = _columns(stage.evaluation.data, self.rows[at])
+            data, at = stage.evaluation.data, (*loc, "evaluation")
+            held_out = self.found.attempt(at, lambda: _finite(self._examples(stage, data, at))) or ()
+            columns = _columns(data, self.rows[at])
             if "answer" in (columns or ()):
                 terms += ACCURACIES
             for _, problem in problems(terms, self.registry, columns):

@@ -105,6 +105,8 @@ def copy_recipe(name: RecipePath, to: Annotated[Path, typer.Argument(help="a new
     target = to / source.name if to.is_dir() else to
     if target.exists():
         raise UsageError(f"{target}: exists already; name another file")
+    if not target.parent.is_dir():
+        raise UsageError(f"{target.parent}: there is no such folder")
     target.write_bytes(source.read_bytes())
     typer.echo(str(target))
 
@@ -122,7 +124,8 @@ def list_rewards(
     lines: list[str] = []
     for row in found:
         lines.append(f"{row['name']}: {row['doc']}")
-        lines += [f"    option {name}: {kind}" for name, kind in row["options"].items()]
+        for name, option in row["options"].items():
+            lines.append(f"    option {name}: {option['type']} = {json.dumps(option['default'], default=str)}")
         lines += [f"    needs the column {', '.join(row['columns'])}"] if row["columns"] else []
     _show(found, as_json, lines)
 

@@ -7,14 +7,14 @@ from typing import Any
 
 from rich.console import Console
 
-from grpo_lab.assemble import Plan, assemble
+from grpo_lab.assemble import assemble
 from grpo_lab.bundled import find_recipe
 from grpo_lab.errors import RecipeError, UsageError
 from grpo_lab.inspection import describe_plan, show_plan
 from grpo_lab.pipeline import quiet_libraries, train_recipe
 from grpo_lab.policy.load import load_policy
-from grpo_lab.recipe import LoadedRecipe, load
-from grpo_lab.recipe.schema import Model
+from grpo_lab.recipe import LoadedRecipe, Recipe, load
+from grpo_lab.recipe.schema import GrpoStage, Model
 from grpo_lab.stages.grpo import measure_policy
 from grpo_lab.stages.plan import GrpoPlan
 from grpo_lab.summary import show, summarise
@@ -89,8 +89,8 @@ def evaluate(
     if not is_run and recipe is None:
         raise UsageError(f"{target}: is no run folder; a model needs --recipe, for its held-out data and rewards")
     loaded = load(run / RESOLVED if recipe is None else find_recipe(recipe))
+    name = measured_stage(loaded.recipe, stage)
     if is_run:
-        name = stage or list(loaded.recipe.stages)[-1]
         folder = StageFolder(run / name).final
         if not folder.is_dir():
             raise UsageError(f"{folder}: is not there; the stage is not finished (grpo-lab train --resume goes on)")
@@ -99,7 +99,7 @@ def evaluate(
         model = Model(path=target, dtype=loaded.recipe.model.dtype)
     loaded = LoadedRecipe(loaded.recipe.model_copy(update={"model": model}), loaded.sources)
     plan = assemble(loaded)
-    found = grpo_stage(plan, stage)
+    found = next(each for each in plan.stages if isinstance(each, GrpoPlan) and each.name == name)
     if limit is not None:
         found = GrpoPlan(**{**vars(found), "held_out": found.held_out[:limit]})
     policy = load_policy(model, plan.tokenizer, seed=plan.recipe.seed)
@@ -111,12 +111,15 @@ def evaluate(
         show_metrics(result.metrics, Console())
 
 
-def grpo_stage(plan: Plan, name: str | None) -> GrpoPlan:
+def measured_stage(recipe: Recipe, name: str | None) -> str:
     """The GRPO stage of that name, or the last one, that has held-out data."""
-    stages = [stage for stage in plan.stages if isinstance(stage, GrpoPlan) and len(stage.held_out) > 0]
-    chosen = [stage for stage in stages if name in (None, stage.name)]
+    names = [
+        key for key, stage in recipe.stages.items() if isinstance(stage, GrpoStage) and stage.evaluation is not None
+    ]
+    chosen = [each for each in names if name in (None, each)]
     if not chosen:
-        raise UsageError(f"no GRPO stage {name or ''} with an evaluation block; there are: {[s.name for s in stages]}")
+        wanted = f"stage {name}" if name is not None else "stage"
+        raise UsageError(f"no GRPO {wanted} with an evaluation block; there are: {', '.join(names) or 'none'}")
     return chosen[-1]
 
 

@@ -131,10 +131,15 @@ def _make_group():
     return make_group
 
 
+@pytest.fixture(scope="session")
+def toy_text() -> str:
+    return dedent(TOY_RECIPE)
+
+
 @pytest.fixture
-def toy_recipe(tmp_path: Path) -> Path:
+def toy_recipe(tmp_path: Path, toy_text: str) -> Path:
     path = tmp_path / "toy.yaml"
-    path.write_text(dedent(TOY_RECIPE))
+    path.write_text(toy_text)
     return path
 
 

@@ -35,6 +35,7 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the promise o
 # start, evaluations in between; every checkpoint is kept, to be compared.
 RECIPE = """\
 name: whole
+num_threads: 1
 plugins: [./variety.py]
 model:
   config: {model_type: llama, hidden_size: 16, intermediate_size: 32, num_hidden_layers: 2, num_attention_heads: 2,
@@ -168,12 +169,16 @@ def content_of_checkpoint(folder: Path) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
 
 
-def at_write(event: str, place: str, number: int, act: Callable[[], object]) -> Callable[[], None]:
-    """Act just before the n-th file operation of a kind (an audit event) on a path that contains `place`."""
+def before(event: str, place: str, act: Callable[[], object], *, number: int = 1) -> Callable[[], None]:
+    """Act just before the n-th file operation of a kind on a path that contains `place`.
+
+    `event` is the operation's audit event; opening a file is `read` or `write`.
+    """
     left = [number]
 
     def watch(name: str, details: tuple[Any, ...]) -> None:
-        if name == event and place in str(details[0]) and not (place.endswith(".jsonl") and details[1] == "rb"):
+        kind = ("read" if details[1] == "r" else "write") if name == "open" else name
+        if kind == event and place in str(details[0]):
             left[0] -= 1
             if left[0] == 0:
                 act()
@@ -205,7 +210,7 @@ def test_stopped_in_every_step_each_checkpoint_and_the_end_are_the_uninterrupted
     run = world.run("stopped")
     for stage, steps in STEPS.items():
         for step in range(1, steps + 1):
-            stop = at_write("open", f"{stage}/timing.jsonl", 1, terminate)
+            stop = before("write", f"{stage}/timing.jsonl", terminate)
             assert world.train_forked("name=stopped", meanwhile=stop) == 75, f"{stage} {step}"
             assert read_json(run / "run.json")["status"] == "interrupted"
             newest = newest_checkpoint(run, stage)
@@ -219,11 +224,11 @@ def test_stopped_in_every_step_each_checkpoint_and_the_end_are_the_uninterrupted
 
 
 def test_killed_in_every_step_the_lost_steps_are_redone_alike(world):
-    """With a checkpoint every third step, kill -9 in step 1, 2, 3 (before it is saved), 4, ..."""
-    overrides = ["name=killed", "stages.grpo.checkpoint.every=3", "stages.grpo.checkpoint.keep=2"]
+    """With a checkpoint every second step, kill -9 in step 1, 2 (before it is saved), 3, ..."""
+    overrides = ["name=killed", "stages.grpo.checkpoint.every=2", "stages.grpo.checkpoint.keep=2"]
     for step in range(1, 13):
-        saved = (step - 1) // 3 * 3
-        in_step = at_write("open", "grpo/timing.jsonl", step - saved, kill)
+        saved = max(0, step - 2) // 2 * 2  # by the process before, which was killed in the step before
+        in_step = before("write", "grpo/timing.jsonl", kill, number=step - saved)
         assert world.train_forked(*overrides, meanwhile=in_step) == -signal.SIGKILL
         logged = read_jsonl(world.run("killed") / "grpo" / "timing.jsonl") if step > 1 else []
         assert [line["step"] for line in logged] == list(range(1, step))
@@ -233,18 +238,18 @@ def test_killed_in_every_step_the_lost_steps_are_redone_alike(world):
 
 WRITES = [
     ("os.mkdir", ".tmp-base"),
-    ("open", "warm_start/metrics.jsonl"),
-    ("open", "warm_start/checkpoints/.tmp-step-000002/.tmp-state.json"),
+    ("write", "warm_start/metrics.jsonl"),
+    ("write", "warm_start/checkpoints/.tmp-step-000002/.tmp-state.json"),
     ("os.rename", "warm_start/checkpoints/.tmp-step-000003"),
     ("os.mkdir", "warm_start/.tmp-final"),
-    ("open", "warm_start/.tmp-result.json"),
-    ("open", "grpo/evaluations/.tmp-step-000000.jsonl"),
+    ("write", "warm_start/.tmp-result.json"),
+    ("write", "grpo/evaluations/.tmp-step-000000.jsonl"),
     ("os.rename", "grpo/rollouts/.tmp-step-000001.jsonl"),
-    ("open", "grpo/metrics.jsonl"),
-    ("open", "grpo/checkpoints/.tmp-step-000004/.tmp-manifest.json"),
+    ("write", "grpo/metrics.jsonl"),
+    ("write", "grpo/checkpoints/.tmp-step-000004/.tmp-manifest.json"),
     ("os.rename", "grpo/checkpoints/.tmp-step-000004"),
-    ("shutil.rmtree", "grpo/checkpoints/step-000003"),
     ("os.rename", "grpo/evaluations/.tmp-step-000005.jsonl"),
+    ("shutil.rmtree", "grpo/checkpoints/step-000003"),
     ("os.rename", "grpo/.tmp-final"),
     ("os.rename", "grpo/.tmp-result.json"),
 ]
@@ -253,7 +258,7 @@ WRITES = [
 def test_killed_at_writes_all_over_the_run_it_ends_alike(world):
     overrides = ["name=at-writes", "stages.grpo.checkpoint.keep=2"]
     for event, place in WRITES:
-        code = world.train_forked(*overrides, meanwhile=at_write(event, place, 1, kill))
+        code = world.train_forked(*overrides, meanwhile=before(event, place, kill))
         assert code == -signal.SIGKILL, f"never came to {event} {place}"
     world.train(*overrides)
     assert_same_run(world.run("at-writes"), world.whole)
@@ -271,8 +276,9 @@ def on_call(place: str, act: Callable[[], None]) -> Callable[[], None]:
         original = vars(owner)[name]
 
         def entered(*arguments: Any, **options: Any) -> Any:
-            setattr(owner, name, original)
-            act()
+            if vars(owner)[name] is entered:
+                setattr(owner, name, original)
+                act()
             return original(*arguments, **options)
 
         setattr(owner, name, entered)
@@ -281,16 +287,16 @@ def on_call(place: str, act: Callable[[], None]) -> Callable[[], None]:
 
 
 MOMENTS = {
-    "load": at_write("open", "config.json", 1, terminate),
+    "load": before("read", "config.json", terminate),
     "learning from demonstrations": on_call("grpo_lab.stages.sft:negative_log_likelihood", interrupt),
     "held-out loss": on_call("grpo_lab.stages.sft:evaluation_loss", terminate),
-    "the end of a stage": at_write("os.mkdir", ".tmp-final", 1, interrupt),
+    "the end of a stage": before("os.mkdir", ".tmp-final", interrupt),
     "sampling": on_call("grpo_lab.sampling.native:NativeSampler._draw", terminate),
     "rewards": on_call("grpo_lab.scoring.reward_set:call", interrupt),
-    "log-probs": on_call("grpo_lab.batching:with_logps", terminate),
+    "log-probs": on_call("grpo_lab.engines.native:with_logps", terminate),
     "backward": on_call("grpo_lab.engines.learner:Learner._count", interrupt),
     "evaluation": on_call("grpo_lab.stages.grpo:measure_policy", terminate),
-    "save": at_write("open", ".tmp-state.json", 1, interrupt),
+    "save": before("write", ".tmp-state.json", interrupt),
 }
 
 
@@ -355,7 +361,7 @@ def flip(file: Path) -> None:
 
 
 def test_a_damaged_checkpoint_is_left_out_and_that_is_said(scratch, cli):
-    before = content(scratch.whole)
+    as_it_was = content(scratch.whole)
     unfinish(scratch.whole)
     newest = scratch.whole / "grpo" / "checkpoints" / "step-000012"
     flip(newest / "optimizer.safetensors")
@@ -365,7 +371,7 @@ def test_a_damaged_checkpoint_is_left_out_and_that_is_said(scratch, cli):
         f"grpo warning at step 11: checkpoint left out: {newest}/optimizer.safetensors: its bytes changed: sha256 is "
         "not the one in manifest.json\n"
     )
-    assert content(scratch.whole) == before
+    assert content(scratch.whole) == as_it_was
     events = read_jsonl(scratch.whole / "grpo" / "events.jsonl")
     assert [event["kind"] for event in events][-2:] == ["warning", "info"]
     assert events[-1]["message"] == "resumed from step-000011"
@@ -398,7 +404,7 @@ def test_a_damaged_result_of_an_earlier_stage_is_not_built_upon(scratch, cli):
 
 
 def test_a_changed_recipe_is_refused_with_the_difference(world, cli):
-    before = (world.whole / "run.json").read_bytes()
+    about = (world.whole / "run.json").read_bytes()
     ran = cli("train", world.recipe, f"output_dir={world.folder}/runs", "--resume", "stages.grpo.optimizer.learning_rate=1")
     assert ran.code == 7
     assert ran.err.startswith(
@@ -407,7 +413,7 @@ def test_a_changed_recipe_is_refused_with_the_difference(world, cli):
     )
     changed = [line.strip() for line in ran.err.splitlines()[3:] if line[0] in "+-"]
     assert [line[0] + line[1:].strip() for line in changed] == ["-learning_rate: 0.003", "+learning_rate: 1.0"]
-    assert (world.whole / "run.json").read_bytes() == before
+    assert (world.whole / "run.json").read_bytes() == about
 
 
 def test_changed_data_are_refused(scratch, cli):
@@ -437,14 +443,14 @@ def test_two_processes_cannot_train_in_one_folder(world, cli):
 
 
 def test_a_finished_run_resumed_does_nothing_and_shows_what_came_of_it(world, cli):
-    before = {path: path.stat().st_mtime_ns for path in world.whole.rglob("*") if "final" in path.parts}
+    written = {path: path.stat().st_mtime_ns for path in world.whole.rglob("*") if "final" in path.parts}
     log = (world.whole / "grpo" / "metrics.jsonl").read_bytes()
     ran = cli("train", world.recipe, f"output_dir={world.folder}/runs", "--resume")
     assert ran.code == 0
     assert ran.err == "warm_start info at step 3: finished before, skipped\ngrpo info at step 12: finished before, skipped\n"
     assert "grpo: held-out, 4 prompts" in ran.out
     assert f"run:   {world.whole}  (" in ran.out
-    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert {path: path.stat().st_mtime_ns for path in written} == written
     assert (world.whole / "grpo" / "metrics.jsonl").read_bytes() == log
 
 

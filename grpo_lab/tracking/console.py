@@ -13,7 +13,6 @@ SHOWN = {
     "kl": "KL",
     "completions/mean_length": "length",
     "loss": "loss",
-    "mean_token_accuracy": "accuracy",
 }
 
 

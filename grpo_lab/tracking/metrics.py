@@ -34,7 +34,6 @@ DESCRIPTIONS: Mapping[str, str] = {
     "clip_ratio/low_mean": "Share of tokens clipped below: ratio under 1 - epsilon_low with a negative advantage.",
     "clip_ratio/high_mean": "Share of tokens clipped above: ratio over 1 + epsilon_high with a positive advantage.",
     "clip_ratio/region_mean": "Share of tokens clipped either way; they get no gradient from the surrogate.",
-    "mean_token_accuracy": "Share of target tokens that were the policy's likeliest (supervised stages).",
     "lab/groups_all_equal_high": "Share of groups with equal rewards that lie high: most likely all right, too easy.",
     "lab/groups_all_equal_low": "Share of groups with equal rewards that lie low: most likely all wrong, too hard.",
     "lab/unscored": "Share of completions without a total reward; they are out of baseline and loss.",
@@ -96,18 +95,9 @@ def step_metrics(groups: Sequence[Group], scores: Scores, stats: UpdateStats) ->
     )
 
 
-def sft_metrics(
-    *, loss: float, grad_norm: float, learning_rate: float, mean_token_accuracy: float | None = None
-) -> dict[str, float]:
+def sft_metrics(*, loss: float, grad_norm: float, learning_rate: float) -> dict[str, float]:
     """The metrics of one supervised step, under their names."""
-    return _existing(
-        {
-            "loss": loss,
-            "grad_norm": grad_norm,
-            "learning_rate": learning_rate,
-            "mean_token_accuracy": mean_token_accuracy,
-        }
-    )
+    return _existing({"loss": loss, "grad_norm": grad_norm, "learning_rate": learning_rate})
 
 
 def equal_groups(total: Float[Tensor, "P G"]) -> tuple[Bool[Tensor, "P"], Bool[Tensor, "P"]]:

@@ -1,5 +1,4 @@
 import json
-from dataclasses import replace
 
 import pytest
 import torch
@@ -247,9 +246,3 @@ def test_a_chat_template_file_replaces_the_tokenizer_s(written, tmp_path):
     assert load_tokenizer(block).apply_chat_template(messages, tokenize=False) == "hé!"
     with pytest.raises(RecipeError, match="^model.chat_template: no.jinja is not a file"):
         load_tokenizer(block.model_copy(update={"chat_template": "no.jinja"}))
-
-
-def test_a_policy_is_frozen(tiny_policy):
-    with pytest.raises(AttributeError):
-        tiny_policy.pad_id = 3
-    assert replace(tiny_policy, pad_id=3).pad_id == 3

@@ -25,14 +25,14 @@ def test_without_a_terminal_each_step_is_exactly_one_plain_line():
     output, sink = plain()
     sink.evaluation("reasoning", 0, {"reward": 0.25, "pass@1": 0.5}, [])
     sink.step(step_end(1))
-    sink.step(step_end(2, {"loss": 2.5, "mean_token_accuracy": 0.75}, {}, "warm_start"))
+    sink.step(step_end(2, {"loss": 2.5}, {}, "warm_start"))
     sink.event("reasoning", 2, "advice", "no group has signal", {})
     sink.event("reasoning", 2, "info", "checkpoint saved", {})
     sink.close()
     assert output.getvalue() == (
         "reasoning evaluation after 0 steps: reward 0.25, pass@1 0.5\n"
         "reasoning 1/250: reward 0.5312, KL 0.0012, length 87.25, loss 0.001235, 812 tokens/s, 1.23 s\n"
-        "warm_start 2/250: loss 2.5, accuracy 0.75\n"
+        "warm_start 2/250: loss 2.5\n"
         "reasoning advice at step 2: no group has signal\n"
         "reasoning info at step 2: checkpoint saved\n"
     )

@@ -122,7 +122,7 @@ def test_groups_without_signal_are_split_into_high_and_low(total, high, low):
 def test_every_metric_has_a_description():
     groups = [group((2, True), (3, False))] * 2
     metrics = step_metrics(groups, scores(torch.tensor([[1.0, 0.0], [1.0, 1.0]]), OK), STATS)
-    supervised = sft_metrics(loss=1.0, grad_norm=1.0, learning_rate=1.0, mean_token_accuracy=0.5)
+    supervised = sft_metrics(loss=1.0, grad_norm=1.0, learning_rate=1.0)
     described = {description(name) for name in [*metrics, *supervised]}
     assert described == set(DESCRIPTIONS.values())
     assert description("eval_rewards/my/odd.name/mean") == DESCRIPTIONS["rewards/<name>/mean"]
