@@ -18,6 +18,7 @@ from grpo_lab.tracking.files import read_json, read_jsonl
 from grpo_lab.tracking.run_folder import RESOLVED, RUN, StageFolder
 
 NUM_EXAMPLES = 3
+TOKENS, FINISHED = "completion tokens", "completion ended"  # no reward can have a name with a space
 Rows = Sequence[Mapping[str, Any]]
 
 
@@ -64,7 +65,7 @@ def by_prompt(rows: Rows, arm: str) -> dict[str, torch.Tensor]:
     for row in rows:
         if row["arm"] == arm:
             values = dict(row["terms"])
-            values |= {"reward": row["reward"], "length": row["num_tokens"], "finished": row["finished"]}
+            values |= {"reward": row["reward"], TOKENS: row["num_tokens"], FINISHED: row["finished"]}
             grouped.setdefault(row["id"], []).append(values)
     names = list(next(iter(grouped.values()))[0])
     nan = float("nan")

@@ -66,7 +66,8 @@ def record_gradients(learner):
     seen = []
 
     def keep(*_):
-        seen.append({name: p.grad.clone() for name, p in learner.forward.named_parameters() if p.grad is not None})
+        parameters = learner.forward.model.named_parameters()
+        seen.append({name: parameter.grad.clone() for name, parameter in parameters if parameter.grad is not None})
 
     learner.optimizer.optimizer.register_step_pre_hook(keep)
     return seen
@@ -172,7 +173,7 @@ VARIANTS = {
     "token": {"reduction": "token"},
     "constant": {"reduction": "constant"},
     "dr_grpo": {"preset": "dr_grpo"},
-    "sequence ratio": {"ratio_level": "sequence", "epsilon_low": 0.05, "epsilon_high": 0.1},
+    "sequence ratio": {"ratio_level": "sequence", "epsilon_low": 0.1, "epsilon_high": 0.15},
 }
 
 
@@ -184,6 +185,7 @@ def test_an_update_equals_a_slow_one_row_by_row_and_token_by_token(make_policy, 
     iterations, minibatches = passes
     setting = stage(
         micro_batch_size=5,
+        optimizer={"learning_rate": 0.01},
         **{"num_iterations": iterations, "num_minibatches": minibatches, **VARIANTS[variant], "beta": beta},
     )
     slow_model = copy.deepcopy(policy.model).eval()
@@ -193,13 +195,13 @@ def test_an_update_equals_a_slow_one_row_by_row_and_token_by_token(make_policy, 
     seen = record_gradients(learner)
     stats = update(learner, batch_of(policy, setting, reference), setting.algorithm)
 
-    assert len(seen) == len(expected) == iterations * minibatches
+    assert len(expected) == iterations * minibatches
+    expected = [step for step in expected if any(bool(gradient.any()) for gradient in step.values())]
+    assert len(seen) == len(expected) >= minibatches  # where all is clipped no step is taken
     for one, other in zip(seen, expected, strict=True):
-        one = {name.removeprefix("model.model.").removeprefix("model."): gradient for name, gradient in one.items()}
-        other = {name.removeprefix("model."): gradient for name, gradient in other.items()}
-        assert distance(one, other) < 2e-5
-    assert stats.loss == pytest.approx(sum(losses) / len(losses), abs=1e-5)
-    assert distance(weights(policy), slow_model.state_dict()) < 1e-6
+        assert distance(one, other) < 1e-5
+    assert stats.loss == pytest.approx(sum(losses) / len(losses), abs=1e-6)
+    assert distance(weights(policy), slow_model.state_dict()) < 1e-7
     if iterations > 1:
         assert stats.clip_low + stats.clip_high > 0.05  # the clipping was put to the test
 

@@ -89,11 +89,6 @@ def test_the_vocabulary_and_special_tokens_of_a_new_model_are_the_tokenizer_s(to
     assert policy.pad_id == tokenizer.pad_token_id
 
 
-@pytest.mark.parametrize("wanted", [True, False])
-def test_gradient_checkpointing_is_on_when_asked_for(make_policy, wanted):
-    assert make_policy(gradient_checkpointing=wanted).model.is_gradient_checkpointing is wanted
-
-
 @pytest.mark.parametrize(
     "settings, message",
     [
