@@ -18,7 +18,7 @@ from grpo_lab.data.examples import (
     training_rows,
 )
 from grpo_lab.data.sources import Rows, load_rows
-from grpo_lab.data.stream import PromptStream, Stream
+from grpo_lab.data.stream import Mapped, PromptStream, Stream
 from grpo_lab.data.tokenizer import build_tokenizer
 from grpo_lab.errors import RecipeError
 from grpo_lab.policy.load import context_length, eos_ids, generation_config, load_tokenizer, model_config
@@ -110,15 +110,19 @@ def assemble(loaded: LoadedRecipe, *, tokenizer_folder: Path | None = None) -> P
     assert registry is not None
     known = {loc: each for loc, each in rows.items() if each is not None}
 
-    tokenizer = found.attempt(("model",), lambda: make_tokenizer(recipe, known, tokenizer_folder))
+    first: Loc = ("stages", next(iter(recipe.stages)))  # whose texts a new tokenizer is trained on
+    built = tokenizer_folder is None and isinstance(recipe.model.tokenizer, TokenizerBuild)
+    tokenizer = found.attempt(first if built else ("model",), lambda: make_tokenizer(recipe, known, tokenizer_folder))
     found.stop_if_any()
     config = found.attempt(("model",), lambda: model_config(recipe.model, tokenizer))
     context = found.attempt(("model",), lambda: context_length(config))
     found.stop_if_any()
     assert context is not None
     if any(data.chat and data.text is None for _, data in _data_blocks(recipe)):
-        eos = eos_ids(tokenizer, config, generation_config(recipe.model))
-        wrong = found.attempt(("model",), lambda: template_problems(tokenizer, eos))
+        wrong = found.attempt(
+            ("model",),
+            lambda: template_problems(tokenizer, eos_ids(tokenizer, config, generation_config(recipe.model))),
+        )
         if wrong is None:  # a template that cannot be used at all would be every row's problem again
             found.stop_if_any()
         for problem in wrong or ():
@@ -155,23 +159,23 @@ class Builder:
         build = self._sft if isinstance(stage, SftStage) else self._grpo
         return self.found.attempt(loc, lambda: build(name, stage, loc))
 
-    def _sft(self, name: str, stage: SftStage, loc: Loc) -> SftPlan:
+    def _sft(self, name: str, stage: SftStage, loc: Loc) -> SftPlan | None:
         rows = self._training_rows(stage, stage.data, loc)
         held_out: Sequence[TrainingRow] = ()
         if stage.evaluation is not None:
             data, at = stage.evaluation.data, (*loc, "evaluation")
             held_out = self.found.attempt(at, lambda: _finite(self._training_rows(stage, data, at))) or ()
         stream = PromptStream(rows, stage.batch_size, seed=derive_seed(self.recipe.seed, name, "order"))
-        return SftPlan(name, stage, stream, held_out)
+        return None if self.found.found else SftPlan(name, stage, stream, held_out)
 
-    def _training_rows(self, stage: SftStage, data: Data, loc: Loc) -> Sequence[TrainingRow] | Stream[TrainingRow]:
+    def _training_rows(self, stage: SftStage, data: Data, loc: Loc) -> Mapped[TrainingRow] | Stream[TrainingRow]:
         length = min(stage.max_length or self.context_length, self.context_length)
         rows = training_rows(data, self.rows[loc], self.tokenizer, loss_on=stage.loss_on, max_length=length)
         for problem in check_training_rows(rows):
             self.found.add(loc, problem)
         return rows
 
-    def _grpo(self, name: str, stage: GrpoStage, loc: Loc) -> GrpoPlan:
+    def _grpo(self, name: str, stage: GrpoStage, loc: Loc) -> GrpoPlan | None:
         examples = self._examples(stage, stage.data, loc)
         held_out: Sequence[Example] = ()
         terms = [*stage.rewards]
@@ -189,9 +193,11 @@ class Builder:
                     message = "the chat template already writes <think> in the prompt; set options: {prefilled: true}"
                     self.found.add((*loc, "rewards", index), message)
         stream = PromptStream(examples, stage.prompts_per_step, seed=derive_seed(self.recipe.seed, name, "order"))
+        if self.found.found:
+            return None
         return GrpoPlan(name, stage, stream, bind(stage.rewards, self.registry), held_out, bind(terms, self.registry))
 
-    def _examples(self, stage: GrpoStage, data: Data, loc: Loc) -> Sequence[Example] | Stream[Example]:
+    def _examples(self, stage: GrpoStage, data: Data, loc: Loc) -> Mapped[Example] | Stream[Example]:
         examples = prompt_examples(data, self.rows[loc], self.tokenizer)
         for problem in check_prompts(examples, self.context_length, stage.sampling.max_completion_length):
             self.found.add(loc, problem)

@@ -75,7 +75,9 @@ def with_advantages(batch: Batch, scores: Scores, stage: GrpoStage) -> Batch:
     rows = batch.num_rows // algorithm.num_minibatches
     weights = [
         token_weights(
-            mask[start : start + rows], reduction=algorithm.reduction, max_completion_length=stage.sampling.max_completion_length
+            mask[start : start + rows],
+            reduction=algorithm.reduction,
+            max_completion_length=stage.sampling.max_completion_length,
         )
         for start in range(0, batch.num_rows, rows)
     ]

@@ -11,7 +11,7 @@ from torch import Tensor
 from grpo_lab.algorithm.intervals import bootstrap_interval, wilson_interval
 from grpo_lab.algorithm.passk import pass_at_k
 from grpo_lab.sampling.decoding import Sampler
-from grpo_lab.scoring import RewardSet
+from grpo_lab.scoring import RewardSet, check_budget
 from grpo_lab.seeds import derive_seed
 from grpo_lab.types import Example, Group, Scores
 
@@ -35,8 +35,13 @@ def evaluate(
     num_samples: int,
     seed: int,
     pass_at: Sequence[int] = (),
+    max_failed: float = 1.0,
 ) -> Evaluation:
-    """One greedy completion per prompt and, with `sampled`, `num_samples` at the stage's own temperature."""
+    """One greedy completion per prompt and, with `sampled`, `num_samples` at the stage's own temperature.
+
+    Raises:
+        RewardError: rewards failed on more than a share `max_failed` of an arm's completions.
+    """
     examples = list(examples)
     metrics: dict[str, float] = {"num_prompts": float(len(examples))}
     rows: list[dict[str, Any]] = []
@@ -46,6 +51,7 @@ def evaluate(
     for arm, sampler, count in arms:
         groups = sampler.sample(examples, num_generations=count, seed=derive_seed(seed, "evaluation", arm))
         scores = rewards.score(groups)
+        check_budget(scores, groups, max_failed=max_failed, folder=None)
         metrics |= {f"{arm}/{name}": value for name, value in arm_metrics(groups, scores).items()}
         rows += arm_rows(arm, groups, scores)
         if arm == "sampled" and CORRECT in scores.terms:

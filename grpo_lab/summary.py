@@ -18,6 +18,7 @@ from grpo_lab.tracking.files import read_json, read_jsonl
 from grpo_lab.tracking.run_folder import RESOLVED, RUN, StageFolder
 
 NUM_EXAMPLES = 3
+WIDE = 100  # columns
 TOKENS, FINISHED = "completion tokens", "completion ended"  # no reward can have a name with a space
 Rows = Sequence[Mapping[str, Any]]
 
@@ -108,7 +109,7 @@ def show(summary: Mapping[str, Any], console: Console) -> None:
     """The before/after table, three answers before and after, where the run is, and what to try next."""
     for name, stage in summary["stages"].items():
         if "held_out" in stage:
-            console.print(held_out_table(name, stage["held_out"]))
+            console.print(held_out_table(name, stage["held_out"], width=console.width))
             for pair in stage["examples"]:
                 for label, key in (("prompt", "prompt"), ("before", "before"), ("after ", "after")):
                     text = f"  {label}  {safe(pair[key])}"
@@ -127,16 +128,17 @@ def show(summary: Mapping[str, Any], console: Console) -> None:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-def held_out_table(stage: str, quantities: Mapping[str, Mapping[str, Any]]) -> Table:
-    """One row per quantity: before, after, change, each with its 95 % interval."""
+def held_out_table(stage: str, quantities: Mapping[str, Mapping[str, Any]], *, width: int) -> Table:
+    """One row per quantity: before, after, change, each with its 95 % interval (under it, where lines are short)."""
+    between = " " if width >= WIDE else "\n"
     prompts = next(iter(quantities.values()))["num_prompts"]
     title = f"{stage}: held-out, {prompts} prompts, 95 % intervals"
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1))
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
     for column in ("quantity", "before", "after", "change"):
         table.add_column(column, no_wrap=True)
     for name, values in quantities.items():
         cells = [
-            f"{values[key]['mean']:{sign}.3f} [{values[key]['low']:{sign}.3f}, {values[key]['high']:{sign}.3f}]"
+            f"{values[key]['mean']:{sign}.3f}{between}[{values[key]['low']:{sign}.3f}, {values[key]['high']:{sign}.3f}]"
             for key, sign in (("before", ""), ("after", ""), ("change", "+"))
         ]
         table.add_row(safe(name), *(cell.replace("[", r"\[") for cell in cells))

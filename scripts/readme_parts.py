@@ -51,7 +51,9 @@ def with_parts(readme: str) -> str:
     """README.md with its made parts as they should be."""
     for name, content in (("glossary", glossary()), ("tree", tree())):
         begin, end = f"<!-- {name}: made by scripts/readme_parts.py -->", f"<!-- end of {name} -->"
-        readme = re.sub(f"{re.escape(begin)}.*?{re.escape(end)}", lambda _: f"{begin}\n{content}\n{end}", readme, flags=re.S)
+        before, _, rest = readme.partition(begin)
+        _, _, after = rest.partition(end)
+        readme = f"{before}{begin}\n{content}\n{end}{after}"
     return readme
 
 

@@ -174,5 +174,5 @@ def test_help_answers_at_once():
         seconds.append(time.perf_counter() - start)
         if min(seconds) < 0.3:
             break
-    print(f"grpo-lab --help took {min(seconds):.2f} s")
+    print(f"grpo-lab --help took {min(seconds):.2f} s")  # noqa: T201 - shown when it fails, and with -s
     assert min(seconds) < 0.6

@@ -49,7 +49,14 @@ def test_help_names_every_command(cli):
 
 @pytest.mark.parametrize(
     "arguments",
-    [["tarin"], ["train"], ["train", "x.yaml", "--max-steps", "0"], ["train", "x.yaml", "--steps", "3"], ["validate"], []],
+    [
+        ["tarin"],
+        ["train"],
+        ["train", "x.yaml", "--max-steps", "0"],
+        ["train", "x.yaml", "--steps", "3"],
+        ["validate"],
+        [],
+    ],
     ids=" ".join,
 )
 def test_a_command_line_that_makes_no_sense_exits_2_with_its_usage(cli, arguments):
@@ -293,7 +300,9 @@ def test_rewards_are_listed_with_options_and_columns(cli):
 
 
 def test_a_plugins_rewards_are_listed_too(cli, here):
-    (here / "mine.py").write_text("from grpo_lab.scoring import reward\n\n@reward\ndef short(completion):\n    'Short.'\n")
+    (here / "mine.py").write_text(
+        "from grpo_lab.scoring import reward\n\n@reward\ndef short(completion):\n    'Short.'\n"
+    )
     assert "\nshort: Short.\n" in cli("rewards", "ls", "--plugin", "mine.py").out
     missing = cli("rewards", "ls", "--plugin", "other.py")
     assert missing == (3, "", "error: plugins: no file or folder other.py\n")
@@ -392,9 +401,7 @@ def test_a_bug_of_ours_exits_70_with_its_traceback(cli, monkeypatch):
     ran = cli("validate", "quickstart")
     assert ran.code == 70
     assert ran.err.startswith("Traceback (most recent call last):\n")
-    assert ran.err.endswith(
-        "KeyError: 'surprise'\nthis is a bug in grpo-lab; please report it with the lines above\n"
-    )
+    assert ran.err.endswith("KeyError: 'surprise'\nthis is a bug in grpo-lab; please report it with the lines above\n")
 
 
 def test_ctrl_c_before_there_is_anything_to_save_exits_130(cli, monkeypatch):

@@ -107,7 +107,14 @@ class World:
             code = 99
             try:
                 sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - the process ends with it
-                sys.argv = ["grpo-lab", "train", f"{self.recipe}", *overrides, f"output_dir={self.folder}/runs", "--resume"]
+                sys.argv = [
+                    "grpo-lab",
+                    "train",
+                    f"{self.recipe}",
+                    *overrides,
+                    f"output_dir={self.folder}/runs",
+                    "--resume",
+                ]
                 meanwhile()
                 main()
             except SystemExit as stop:
@@ -301,9 +308,7 @@ MOMENTS = {
 
 
 def test_sigterm_and_ctrl_c_at_any_moment_save_and_resume_alike(world):
-    codes = {
-        moment: world.train_forked("name=signals", meanwhile=meanwhile) for moment, meanwhile in MOMENTS.items()
-    }
+    codes = {moment: world.train_forked("name=signals", meanwhile=meanwhile) for moment, meanwhile in MOMENTS.items()}
     assert codes == {
         "load": 75,
         "learning from demonstrations": 130,
@@ -405,7 +410,9 @@ def test_a_damaged_result_of_an_earlier_stage_is_not_built_upon(scratch, cli):
 
 def test_a_changed_recipe_is_refused_with_the_difference(world, cli):
     about = (world.whole / "run.json").read_bytes()
-    ran = cli("train", world.recipe, f"output_dir={world.folder}/runs", "--resume", "stages.grpo.optimizer.learning_rate=1")
+    ran = cli(
+        "train", world.recipe, f"output_dir={world.folder}/runs", "--resume", "stages.grpo.optimizer.learning_rate=1"
+    )
     assert ran.code == 7
     assert ran.err.startswith(
         f"error: {world.whole}: cannot be resumed, something changed since it began; undo it or start another run with "
@@ -447,7 +454,10 @@ def test_a_finished_run_resumed_does_nothing_and_shows_what_came_of_it(world, cl
     log = (world.whole / "grpo" / "metrics.jsonl").read_bytes()
     ran = cli("train", world.recipe, f"output_dir={world.folder}/runs", "--resume")
     assert ran.code == 0
-    assert ran.err == "warm_start info at step 3: finished before, skipped\ngrpo info at step 12: finished before, skipped\n"
+    assert (
+        ran.err
+        == "warm_start info at step 3: finished before, skipped\ngrpo info at step 12: finished before, skipped\n"
+    )
     assert "grpo: held-out, 4 prompts" in ran.out
     assert f"run:   {world.whole}  (" in ran.out
     assert {path: path.stat().st_mtime_ns for path in written} == written

@@ -3,6 +3,7 @@
 import hashlib
 import importlib
 import importlib.util
+import inspect
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -54,7 +55,7 @@ class Registry:
 
 def discover(plugins: Sequence[str | Path] = (), *, shipped: Path | None = None) -> Registry:
     """Find all rewards: one per file of the shipped folder, the marked functions of the plugins (files, or folders of
-    files), and what installed packages offer under the entry point group `grpo_lab.rewards`.
+    files; in a file that marks none, its functions over `completions`, as TRL has them), and what installed packages offer under the entry point group `grpo_lab.rewards`.
 
     Plugins are Python and are run here. A file of a plugin folder whose name starts with `_` is left alone.
 
@@ -107,7 +108,8 @@ def _files(plugin: Path) -> list[Path]:
 
 
 def _plugin(file: Path) -> list[tuple[str, Source]]:
-    functions = _marked(_run_file(file))
+    module = _run_file(file)
+    functions = _marked(module) or _batched(module)
     if not functions:
         raise RecipeError(f"{file}: defines no reward; put @reward (from grpo_lab.scoring) above the function")
     rewards = [read_reward(function, name=name, source=str(file)) for name, function in functions.items()]
@@ -124,6 +126,18 @@ def _marked(module: ModuleType) -> dict[str, Callable[..., object]]:
         value.__name__: value
         for value in vars(module).values()
         if is_marked(value) and value.__module__ == module.__name__
+    }
+
+
+def _batched(module: ModuleType) -> dict[str, Callable[..., object]]:
+    """A file written for TRL marks nothing: its public functions over `completions` are its rewards, unchanged."""
+    return {
+        name: value
+        for name, value in vars(module).items()
+        if inspect.isfunction(value)
+        and value.__module__ == module.__name__
+        and not name.startswith("_")
+        and "completions" in inspect.signature(value).parameters
     }
 
 

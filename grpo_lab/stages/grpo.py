@@ -72,4 +72,5 @@ def measure_policy(
         num_samples=count,
         seed=derive_seed(seed, plan.name),
         pass_at=pass_at,
+        max_failed=stage.max_failed_rewards,
     )

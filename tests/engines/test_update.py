@@ -115,8 +115,9 @@ def slow_weight(setting, rows, length):
 def slow_surrogate(ratio, advantage, algorithm):
     low, high = 1 - algorithm.epsilon_low, 1 + algorithm.epsilon_high
     clipped = min(max(ratio.item(), low), high)
-    if ratio.item() * advantage <= clipped * advantage:
-        return ratio * advantage
+    capped = ratio if algorithm.delta is None or ratio.item() < algorithm.delta else torch.tensor(algorithm.delta)
+    if capped.item() * advantage <= clipped * advantage:
+        return capped * advantage
     return torch.tensor(clipped * advantage)  # no gradient
 
 
@@ -156,7 +157,7 @@ def slow_update(model, reference, setting):
                 for t, logp in enumerate(logps):
                     log_ratio = changes[t] if algorithm.ratio_level == "token" else sum(changes) / len(changes)
                     gap = row["ref"][t] - logp
-                    kl = torch.exp(gap) - gap - 1
+                    kl = torch.exp(gap) - gap - 1 if algorithm.kl_estimator == "k3" else gap**2 / 2
                     objective = slow_surrogate(torch.exp(log_ratio), row["advantage"], algorithm)
                     loss = loss + weight * (algorithm.beta * kl - objective)
             gradient = dict(zip(parameters, torch.autograd.grad(loss, parameters.values()), strict=True))
@@ -173,6 +174,8 @@ VARIANTS = {
     "token": {"reduction": "token"},
     "constant": {"reduction": "constant"},
     "dr_grpo": {"preset": "dr_grpo"},
+    "clip higher, k2": {"epsilon_high": 0.5, "kl_estimator": "k2"},
+    "two-sided clipping": {"delta": 1.25},
     "sequence ratio": {"ratio_level": "sequence", "epsilon_low": 0.1, "epsilon_high": 0.15},
 }
 

@@ -141,7 +141,7 @@ def test_a_key_named_like_a_stage_kind_keeps_its_path():
 
 def test_a_bad_stage_name_is_placed_at_its_key():
     assert problems(grpo().replace("  g:", "  bad name:")) == [
-        'x.yaml:4:3: stages."bad name": "bad name" is no name; it should match ^[A-Za-z0-9][A-Za-z0-9_.-]*$'
+        'x.yaml:4:3: stages."bad name": "bad name" is no name; it should match ^[A-Za-z0-9][A-Za-z0-9_-]*$'
     ]
 
 

@@ -72,11 +72,17 @@ def test_log_probs_are_float32_for_bfloat16_logits():
 
 @pytest.mark.parametrize(
     "uniform, token",
-    [(0.0, 1), (0.2499, 1), (0.25, 3), (0.7499, 3), (0.75, 4), (BELOW_ONE, 4)],
+    [(0.0, 1), (0.2499, 1), (0.25, 3), (0.7499, 3), (0.75, 4), (BELOW_ONE, 4), (1.0, 4)],
 )
 def test_the_token_is_the_one_whose_share_of_the_unit_interval_holds_the_noise(uniform, token):
     probs = torch.tensor([[0.0, 0.25, 0.0, 0.5, 0.25, 0.0, 0.0]])
     assert inverse_cdf(probs, torch.tensor([uniform])).tolist() == [token]
+
+
+def test_the_noise_is_scaled_by_what_the_probabilities_really_sum_to():
+    probs = torch.tensor([[0.2, 0.2, 0.0]])
+    assert [inverse_cdf(probs, torch.tensor([u])).item() for u in (0.3, 0.49, 0.51, 0.9)] == [0, 0, 1, 1]
+    assert [inverse_cdf(5 * probs, torch.tensor([u])).item() for u in (0.3, 0.49, 0.51, 0.9)] == [0, 0, 1, 1]
 
 
 def test_evenly_spaced_noise_gives_every_token_its_share():

@@ -190,3 +190,15 @@ def test_a_dotted_path_that_leads_nowhere_says_why(name, message):
     with pytest.raises(RecipeError) as error:
         discover().get(name)
     assert str(error.value) == f'reward "{name}": {message}'
+
+
+def test_a_file_written_for_trl_needs_no_mark(plugin, shipped):
+    code = (
+        "from statistics import mean\n"
+        "def long_enough(completions, **kwargs):\n    return [float(len(text) > 3) for text in completions]\n"
+        "def _helper(completions):\n    return completions\n"
+        "def other(x):\n    return x\n"
+    )
+    registry = discover([plugin(code, "for_trl.py")], shipped=shipped)
+    assert set(registry.names()) - set(discover(shipped=shipped).names()) == {"long_enough"}
+    assert registry.get("long_enough").scope == "completions"
