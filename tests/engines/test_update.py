@@ -122,7 +122,7 @@ def slow_surrogate(ratio, advantage, algorithm):
 
 
 def slow_update(model, reference, setting):
-    """Updates the model in place; the gradients and losses of every optimiser step."""
+    """Updates the model in place; gradients and losses of every optimiser step, and how many tokens were clipped."""
     algorithm, temperature = setting.algorithm, setting.sampling.temperature
     rows = []
     for prompt, completions, rewards in zip(PROMPTS, COMPLETIONS, REWARDS, strict=True):
@@ -142,7 +142,7 @@ def slow_update(model, reference, setting):
                 }
             )
     parameters = dict(model.named_parameters())
-    gradients, losses = [], []
+    gradients, losses, clipped = [], [], {"low": 0, "high": 0}
     per_step = len(rows) // algorithm.num_minibatches
     for _ in range(algorithm.num_iterations):
         for start in range(0, len(rows), per_step):
@@ -158,7 +158,10 @@ def slow_update(model, reference, setting):
                     log_ratio = changes[t] if algorithm.ratio_level == "token" else sum(changes) / len(changes)
                     gap = row["ref"][t] - logp
                     kl = torch.exp(gap) - gap - 1 if algorithm.kl_estimator == "k3" else gap**2 / 2
-                    objective = slow_surrogate(torch.exp(log_ratio), row["advantage"], algorithm)
+                    ratio = torch.exp(log_ratio)
+                    objective = slow_surrogate(ratio, row["advantage"], algorithm)
+                    clipped["low"] += row["advantage"] < 0 and ratio.item() < 1 - algorithm.epsilon_low
+                    clipped["high"] += row["advantage"] > 0 and ratio.item() > 1 + algorithm.epsilon_high
                     loss = loss + weight * (algorithm.beta * kl - objective)
             gradient = dict(zip(parameters, torch.autograd.grad(loss, parameters.values()), strict=True))
             with torch.no_grad():
@@ -166,7 +169,7 @@ def slow_update(model, reference, setting):
                     parameter -= setting.optimizer.learning_rate * gradient[name]
             gradients.append(gradient)
             losses.append(loss.item())
-    return gradients, losses
+    return gradients, losses, clipped
 
 
 VARIANTS = {
@@ -192,7 +195,7 @@ def test_an_update_equals_a_slow_one_row_by_row_and_token_by_token(make_policy, 
         **{"num_iterations": iterations, "num_minibatches": minibatches, **VARIANTS[variant], "beta": beta},
     )
     slow_model = copy.deepcopy(policy.model).eval()
-    expected, losses = slow_update(slow_model, reference.model, setting)
+    expected, losses, clipped = slow_update(slow_model, reference.model, setting)
 
     learner = learner_of(policy, setting)
     seen = record_gradients(learner)
@@ -205,8 +208,10 @@ def test_an_update_equals_a_slow_one_row_by_row_and_token_by_token(make_policy, 
         assert distance(one, other) < 1e-5
     assert stats.loss == pytest.approx(sum(losses) / len(losses), abs=1e-6)
     assert distance(weights(policy), slow_model.state_dict()) < 1e-7
-    if iterations > 1:
-        assert stats.clip_low + stats.clip_high > 0.05  # the clipping was put to the test
+    tokens = iterations * sum(len(completion) for rows in COMPLETIONS for completion in rows)
+    assert stats.clip_low * tokens == pytest.approx(clipped["low"])
+    assert stats.clip_high * tokens == pytest.approx(clipped["high"])
+    assert (clipped["low"] + clipped["high"] > 0) == (iterations > 1)
 
 
 @pytest.mark.parametrize("passes", [(1, 1), (2, 1), (2, 2), (1, 4)])
@@ -339,12 +344,22 @@ def test_sampler_correction_weighs_every_token_by_its_capped_ratio(make_policy, 
 
 
 def test_with_several_iterations_the_correction_stays_that_of_the_policy_that_sampled(make_policy):
-    policy = make_policy()
-    setting = stage(num_iterations=3, sampler_correction="truncate", optimizer={"learning_rate": 0.02})
-    batch = batch_of(policy, setting)
-    batch = dataclasses.replace(batch, sampler_logps=batch.old_logps - 0.25)
-    stats = update(learner_of(policy, setting), batch, setting.algorithm)
-    assert stats.sampler_gap == pytest.approx(0.25, abs=1e-6)
+    runs = []
+    for correction, factor in (("truncate", 1.0), ("none", 1.5)):
+        policy = make_policy()
+        setting = stage(num_iterations=3, sampler_correction=correction, optimizer={"learning_rate": 0.005})
+        batch = batch_of(policy, setting)
+        batch = dataclasses.replace(
+            batch, sampler_logps=batch.old_logps - math.log(1.5), advantages=batch.advantages * factor
+        )
+        learner = learner_of(policy, setting)
+        seen = record_gradients(learner)
+        stats = update(learner, batch, setting.algorithm)
+        assert stats.sampler_gap == pytest.approx(math.log(1.5), abs=1e-6)
+        assert abs(stats.ratio_mean - 1) > 1e-3
+        runs.append(seen)
+    assert len(runs[0]) == 3
+    assert max(distance(one, other) for one, other in zip(*runs, strict=True)) < 1e-5
 
 
 def test_an_update_writes_into_no_tensor_of_its_batch(make_policy):

@@ -465,8 +465,8 @@ def test_a_step_of_plain_numbers_is_scored_in_milliseconds():
     ]
     seconds = []
     for _ in range(5):
-        start = time.perf_counter()
+        start = time.process_time()
         scores = chosen.score(groups)
-        seconds.append(time.perf_counter() - start)
+        seconds.append(time.process_time() - start)
     assert scores.total.sum().item() == 32 + 256
-    assert min(seconds) < 0.05  # about 5 ms without the suite's type checks on a quiet core
+    assert min(seconds) < 0.25  # 5 ms without the suite's type checks; math-verify would take half a second
