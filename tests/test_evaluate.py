@@ -144,8 +144,8 @@ def test_an_interval_is_over_prompts_and_not_over_samples():
     assert (low, high) == pytest.approx(bootstrap_interval(torch.tensor([1.0, 0.0, 0.5])))
 
 
-@pytest.mark.parametrize("values", [[[0.0], [0.5], [1.0]], [[0.0], [2.0], [2.0]]])
-def test_values_that_are_not_0_and_1_have_a_bootstrap_interval(values):
+@pytest.mark.parametrize("values", [[[0.0], [0.5], [1.0]], [[0.0], [2.0], [2.0]], [[0.0, 0.0], [1.0, 1.0], [1.0, 1.0]]])
+def test_all_but_single_values_of_0_and_1_have_a_bootstrap_interval(values):
     per_prompt = torch.tensor(values)[:, 0]
     assert mean_and_interval(torch.tensor(values))[1:] == pytest.approx(bootstrap_interval(per_prompt))
 

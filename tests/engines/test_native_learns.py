@@ -26,7 +26,7 @@ def share_of_fives(completion):
 def parts_of(make_policy, make_examples, tmp_path):
     """The loop's parts for a stage, with a new policy each time."""
 
-    def build(*, reward=share_of_fives, steps=12, backend="native", optimizer=None, **algorithm):
+    def build(*, reward=share_of_fives, steps=12, backend="native", optimizer=None, model=None, **algorithm):
         stage = GrpoStage(
             kind="grpo",
             data={"source": "task", "path": "addition", "prompt": "prompt"},
@@ -38,7 +38,7 @@ def parts_of(make_policy, make_examples, tmp_path):
             prompts_per_step=4,
             micro_batch_size=16,
         )
-        policy = make_policy(hidden_size=16, num_hidden_layers=1)
+        policy = make_policy(hidden_size=16, num_hidden_layers=1, **(model or {}))
         return Parts(
             name="toy",
             stage=stage,
@@ -145,6 +145,22 @@ def test_every_step_has_noise_of_its_own(parts_of, make_examples):
     for one, other in zip(first.groups, second.groups, strict=True):
         assert one.example == other.example
         assert not set(one.completions) & set(other.completions)
+
+
+def test_gradient_checkpointing_is_really_on_and_changes_nothing_with_dropout_configured(parts_of):
+    runs = []
+    for model in ({}, {"gradient_checkpointing": True, "attention_dropout": 0.5}):
+        parts = parts_of(steps=2, num_iterations=2, model=model)
+        calls = []
+        attention = parts.policy.model.model.layers[0].self_attn
+        attention.register_forward_pre_hook(lambda *_, calls=calls: calls.append(torch.is_grad_enabled()))
+        ends = run(parts)
+        runs.append(([end.metrics for end in ends], [end.groups for end in ends], sum(calls)))
+    (metrics, groups, calls), (checkpointed_metrics, checkpointed_groups, checkpointed_calls) = runs
+    assert checkpointed_groups == groups
+    for one, other in zip(checkpointed_metrics, metrics, strict=True):
+        assert one == pytest.approx(other, rel=1e-4, abs=1e-6)
+    assert (calls, checkpointed_calls) == (8, 16)  # 2 steps, 2 iterations, 2 micro-batches; and all once more
 
 
 def test_a_constant_reward_moves_nothing(parts_of):
