@@ -102,9 +102,7 @@ def make_trainer(
     return trainer
 
 
-def schedule(
-    optimizer: torch.optim.Optimizer, settings: Optimizer, updates: int
-) -> torch.optim.lr_scheduler.LambdaLR:
+def schedule(optimizer: torch.optim.Optimizer, settings: Optimizer, updates: int) -> torch.optim.lr_scheduler.LambdaLR:
     """The native engine's learning rate for every optimiser step, as the object that TRL takes."""
 
     def share(index: int) -> float:

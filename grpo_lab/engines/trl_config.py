@@ -110,8 +110,10 @@ REFUSED: Mapping[str, Refusal] = {
         "GRPOTrainer compares a completion with its group's mean only; set group or engine: native",
     ),
     "algorithm.advantage_scale": (
-        lambda stage: (stage.algorithm.advantage_scale == "centred" and stage.algorithm.reward_aggregation == "sum")
-        or (stage.algorithm.advantage_scale in ("group", "none") and stage.algorithm.reward_aggregation != "sum"),
+        lambda stage: (
+            (stage.algorithm.advantage_scale == "centred" and stage.algorithm.reward_aggregation == "sum")
+            or (stage.algorithm.advantage_scale in ("group", "none") and stage.algorithm.reward_aggregation != "sum")
+        ),
         "TRL scales sums by group, batch or none, and normalised sums by centred or batch; choose one of those or "
         "set engine: native",
     ),
@@ -120,7 +122,9 @@ REFUSED: Mapping[str, Refusal] = {
         "TRL always bounds the ratio; set clipped or engine: native",
     ),
     "algorithm.reduction": (
-        lambda stage: OWN_REDUCTION.get(stage.algorithm.surrogate, stage.algorithm.reduction) != stage.algorithm.reduction,
+        lambda stage: (
+            OWN_REDUCTION.get(stage.algorithm.surrogate, stage.algorithm.reduction) != stage.algorithm.reduction
+        ),
         "TRL's cispo counts every token the same, its sapo every completion; set reduction: token for cispo, "
         "sequence for sapo, or engine: native",
     ),

@@ -110,9 +110,7 @@ class Rollouts:
         return [self._reward_function(name) for name in self.parts.rewards.names]
 
     def _reward_function(self, name: str) -> RewardFunction:
-        def reward(
-            completion_ids: Sequence[Sequence[int]], position: Sequence[int], **_: Any
-        ) -> list[float | None]:
+        def reward(completion_ids: Sequence[Sequence[int]], position: Sequence[int], **_: Any) -> list[float | None]:
             scores = self._score(completion_ids, position)
             values = zip(scores.terms[name].flatten().tolist(), scores.total.flatten().tolist(), strict=True)
             # a completion without a total has no term either, and nan is no value
@@ -167,9 +165,11 @@ def check_same_tokens(tokenizer: Any, example: Example) -> None:
         ids = tokenizer(text=example.prompt)["input_ids"]
     else:
         messages = [dict(message) for message in example.messages]
-        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)["input_ids"]
+        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)[
+            "input_ids"
+        ]
     if tuple(ids) != example.prompt_ids:
         raise RecipeError(
-            f"data: {example.id}: TRL makes {len(ids)} other tokens of this prompt than the {len(example.prompt_ids)} "
-            "of this project; set sampling.backend: native, which hands it the tokens"
+            f"data: {example.id}: TRL makes other tokens of this prompt ({len(ids)}) than this project "
+            f"({len(example.prompt_ids)}); set sampling.backend: native, which hands it the tokens"
         )

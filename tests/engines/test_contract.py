@@ -252,7 +252,9 @@ def test_with_one_sampler_both_engines_learn_the_same_weights(toy, algorithm):
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_at_the_first_step_the_policy_is_its_own_reference(toy, engine):
-    run = toy(engine, algorithm={"beta": 0.04}, model={"attention_dropout": 0.2}, optimizer={"learning_rate": 0.05}).run()
+    run = toy(
+        engine, algorithm={"beta": 0.04}, model={"attention_dropout": 0.2}, optimizer={"learning_rate": 0.05}
+    ).run()
     assert run.ends[0].metrics["kl"] == pytest.approx(0, abs=1e-6)
     assert run.ends[0].metrics["loss"] == pytest.approx(0, abs=1e-6)
     assert run.ends[1].metrics["kl"] > 1e-4

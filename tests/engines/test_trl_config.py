@@ -1,6 +1,8 @@
 """Every recipe key is passed to TRL, used by a shared part, or refused before anything is loaded."""
 
 import importlib.metadata
+import subprocess
+import sys
 import typing
 from collections.abc import Iterator
 from typing import Any
@@ -251,14 +253,23 @@ def test_another_version_is_refused_with_exit_4(monkeypatch, installed):
         return installed
 
     monkeypatch.setattr(trl_config, "version", version)
-    with pytest.raises(SetupError, match=f"needs trl 1.16.0, found {installed or 'none'}; pip install trl==1.16.0") as error:
+    with pytest.raises(
+        SetupError, match=f"needs trl 1.16.0, found {installed or 'none'}; pip install trl==1.16.0"
+    ) as error:
         require_trl()
     assert error.value.exit_code == 4
 
 
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
 def test_every_argument_is_one_of_trl_s():
     from trl import GRPOConfig
 
     config = GRPOConfig(output_dir="unused", use_cpu=True, **arguments(stage_with({}), Model(**MODEL), seed=0))
     assert config.steps_per_generation == 1
     assert config.generation_batch_size == 16
+
+
+def test_a_native_run_imports_no_trl():
+    code = "import sys, grpo_lab.commands, grpo_lab.pipeline; print('trl' in sys.modules)"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout == "False\n"
