@@ -90,6 +90,7 @@ def read_out(policy: Policy, reference: Policy | None, rollouts: Rollouts, stage
     for done in range(rounds):
         batch = first if done == 0 else prepared(trained, reference, rollouts, stage)
         update(learner, batch, stage.algorithm)
+    assert first.advantages is not None
     mask = learner.counted(first)
     return Readout(
         texts=tuple(completion.text for group in rollouts.groups for completion in group.completions),

@@ -120,8 +120,8 @@ def checks(native: Readout, theirs: Readout, start: dict[str, Any]) -> list[Chec
     ):
         if one is not None and other is not None:
             found.append(largest(name, one, other, LOGP_GATE))
-    for one, other, scale in zip(native.steps, theirs.steps, native.loss_scales, strict=True):
-        found += step_checks(one, other, scale)
+    for ours, trls, scale in zip(native.steps, theirs.steps, native.loss_scales, strict=True):
+        found += step_checks(ours, trls, scale)
     moved = max(float((weight - start[name].detach()).abs().max()) for name, weight in theirs.weights.items())
     worst = worst_of([largest(name, native.weights[name], it, WEIGHT_GATE) for name, it in theirs.weights.items()])
     detail = f"after {len(native.steps)} SGD steps; moved by {moved:.1e}"

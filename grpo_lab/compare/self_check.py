@@ -78,25 +78,28 @@ def direct(policy: Policy, batch: Batch, stage: GrpoStage) -> Result:
 def padded(batch: Batch, pad_id: int) -> Batch:
     """The same rows with columns of padding before the prompts and after the completions."""
 
-    def before(tensor: Tensor, value: int) -> Tensor:
+    def before(tensor: Tensor, value: int = 0) -> Tensor:
         return nn.functional.pad(tensor, (EXTRA_COLUMNS, 0), value=value)
 
-    def after(tensor: Tensor | None, value: float = 0) -> Tensor | None:
-        return None if tensor is None else nn.functional.pad(tensor, (0, EXTRA_COLUMNS), value=value)
+    def after(tensor: Tensor, value: int = 0) -> Tensor:
+        return nn.functional.pad(tensor, (0, EXTRA_COLUMNS), value=value)
+
+    def if_any(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else after(tensor)
 
     return replace(
         batch,
         prompt_ids=before(batch.prompt_ids, pad_id),
-        prompt_mask=before(batch.prompt_mask, False),
+        prompt_mask=before(batch.prompt_mask),
         completion_ids=after(batch.completion_ids, pad_id),
-        completion_mask=after(batch.completion_mask, False),
-        sampler_logps=after(batch.sampler_logps),
-        old_logps=after(batch.old_logps),
-        ref_logps=after(batch.ref_logps),
-        loss_weights=after(batch.loss_weights),
-        old_entropy=after(batch.old_entropy),
-        policy_mask=after(batch.policy_mask, False),
-        entropy_weights=after(batch.entropy_weights),
+        completion_mask=after(batch.completion_mask),
+        sampler_logps=if_any(batch.sampler_logps),
+        old_logps=if_any(batch.old_logps),
+        ref_logps=if_any(batch.ref_logps),
+        loss_weights=if_any(batch.loss_weights),
+        old_entropy=if_any(batch.old_entropy),
+        policy_mask=if_any(batch.policy_mask),
+        entropy_weights=if_any(batch.entropy_weights),
     )
 
 
