@@ -177,7 +177,7 @@ def show_presets(report: Mapping[str, Any], console: Console) -> None:
             missing.append(row)
             continue
         shares = {check["quantity"]: share(check) for check in row["checks"]}
-        cells = [f"{shares[name]:.3f}" if name in shares else "" for name in COLUMNS]
+        cells = [f"{shares[name]:.2f}" if name in shares else "" for name in COLUMNS]
         passed = row["first_failure"] is None
         shown.add_row(
             row["variant"], row["case"], *cells, "pass" if passed else f"[bold red]FAIL {row['first_failure']}[/]"
