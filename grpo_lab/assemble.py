@@ -178,7 +178,7 @@ class Builder:
     def _grpo(self, name: str, stage: GrpoStage, loc: Loc) -> GrpoPlan | None:
         examples = self._examples(stage, stage.data, loc)
         held_out: Sequence[Example] = ()
-        terms = [*stage.rewards]
+        terms = [*stage.reward_terms]
         if stage.evaluation is not None:
             data, at = stage.evaluation.data, (*loc, "evaluation")
             held_out = self.found.attempt(at, lambda: _finite(self._examples(stage, data, at))) or ()
@@ -195,7 +195,9 @@ class Builder:
         stream = PromptStream(examples, stage.prompts_per_step, seed=derive_seed(self.recipe.seed, name, "order"))
         if self.found.found:
             return None
-        return GrpoPlan(name, stage, stream, bind(stage.rewards, self.registry), held_out, bind(terms, self.registry))
+        return GrpoPlan(
+            name, stage, stream, bind(stage.reward_terms, self.registry), held_out, bind(terms, self.registry)
+        )
 
     def _examples(self, stage: GrpoStage, data: Data, loc: Loc) -> Mapped[Example] | Stream[Example]:
         examples = prompt_examples(data, self.rows[loc], self.tokenizer)

@@ -1,15 +1,24 @@
 """From groups to a padded batch, and what the loss needs beside it: log-probs, advantages, loss weights."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
-from grpo_lab.algorithm.advantages import group_advantages
+from grpo_lab.algorithm.advantages import (
+    batch_advantages,
+    group_advantages,
+    leave_one_out_advantages,
+    normalize_then_sum,
+)
+from grpo_lab.algorithm.entropy import high_entropy_mask
+from grpo_lab.algorithm.kl import KL_ESTIMATORS
 from grpo_lab.algorithm.weights import token_weights
 from grpo_lab.padding import length_mask, pad_left, pad_right
-from grpo_lab.policy.forward import completion_logps, reference_logps
-from grpo_lab.recipe.schema import GrpoStage
+from grpo_lab.policy.forward import PolicyForward, reference_logps, without_gradient
+from grpo_lab.recipe.schema import Algorithm, GrpoStage
 from grpo_lab.types import Batch, Group, Policy, Scores
 
 
@@ -40,6 +49,8 @@ def pad(groups: Sequence[Group], policy: Policy) -> Batch:
         [completion.token_ids for completion in completions],
         policy,
     )
+    finished = torch.tensor([completion.finished for completion in completions], device=batch.completion_ids.device)
+    batch = replace(batch, finished=finished)
     sampler_logps = [completion.sampler_logps for completion in completions]
     if any(row is None for row in sampler_logps):
         return batch
@@ -48,38 +59,96 @@ def pad(groups: Sequence[Group], policy: Policy) -> Batch:
 
 
 def with_logps(batch: Batch, policy: Policy, reference: Policy | None, stage: GrpoStage) -> Batch:
-    """Add log pi_old where rows are used more than once (or a sampler is corrected), log pi_ref where beta > 0.
+    """Add log pi_old where rows are used more than once or the reward has the KL in it, log pi_ref where beta > 0, and
+    the entropy under pi_old where the policy learns from undecided tokens only.
 
     With one update per batch the policy of the update is the policy that sampled: the ratio is exactly 1 and old
     log-probs need no forward pass.
     """
     algorithm, temperature, size = stage.algorithm, stage.sampling.temperature, stage.micro_batch_size
-    if algorithm.num_iterations * algorithm.num_minibatches > 1:
-        old = completion_logps(policy, batch, temperature=temperature, micro_batch_size=size)
-        batch = replace(batch, old_logps=old)
-    if algorithm.beta > 0 and reference is not None:
+    has_kl = algorithm.beta > 0 and reference is not None
+    needs_old = algorithm.num_iterations * algorithm.num_minibatches > 1 or (
+        has_kl and algorithm.kl_placement == "reward"
+    )
+    needs_entropy = algorithm.top_entropy_quantile < 1
+    if needs_old or needs_entropy:
+        forward = PolicyForward(policy.model, temperature=temperature)
+        old = without_gradient(forward, batch, micro_batch_size=size)
+        batch = replace(
+            batch, old_logps=old.logps if needs_old else None, old_entropy=old.entropy if needs_entropy else None
+        )
+    if has_kl:
+        assert reference is not None
         ref = reference_logps(reference, batch, temperature=temperature, micro_batch_size=size)
         batch = replace(batch, ref_logps=ref)
     return batch
 
 
-def with_advantages(batch: Batch, scores: Scores, stage: GrpoStage) -> Batch:
-    """Add advantages [N] and loss weights [N, T].
+BASELINES: Mapping[str, Callable[..., Tensor]] = {
+    "group": group_advantages,
+    "leave_one_out": lambda rewards, scale: leave_one_out_advantages(rewards),  # the schema allows no scale there
+    "batch": batch_advantages,
+}
 
-    Weights are computed once per optimiser step (one mini-batch of whole groups) from counts of its scored rows, so
-    that cutting it into micro-batches changes nothing. A row that could not be scored weighs nothing.
+
+def compared_rewards(scores: Scores, stage: GrpoStage) -> Float[Tensor, "P G"]:
+    """What the completions of a group are compared by: the total reward, or the sum of normalised rewards (GDPO)."""
+    if stage.algorithm.reward_aggregation == "sum":
+        return scores.total
+    unscored = scores.total.isnan()
+    terms = [scores.terms[term.key].masked_fill(unscored, torch.nan) for term in stage.reward_terms]
+    return normalize_then_sum(terms, [term.weight for term in stage.reward_terms])
+
+
+def advantages(batch: Batch, scores: Scores, stage: GrpoStage) -> Float[Tensor, "N"]:
+    """The advantage of every row, the KL taken off its reward first where it is placed there."""
+    algorithm = stage.algorithm
+    rewards = compared_rewards(scores, stage).to(batch.completion_ids.device)
+    if algorithm.kl_placement == "reward" and batch.ref_logps is not None:
+        assert batch.old_logps is not None
+        kl = KL_ESTIMATORS[algorithm.kl_estimator](batch.old_logps, batch.ref_logps)
+        rewards = rewards - algorithm.beta * (kl * batch.completion_mask).sum(1).view_as(rewards)
+    return BASELINES[algorithm.advantage_baseline](rewards, scale=algorithm.advantage_scale).flatten()
+
+
+def with_advantages(batch: Batch, scores: Scores, stage: GrpoStage) -> Batch:
+    """Add advantages [N] and loss weights [N, T], and what else depends on a whole optimiser step.
+
+    Each is computed once per optimiser step (one mini-batch of whole groups) from counts of its scored rows, so that
+    cutting it into micro-batches changes nothing. A row that could not be scored weighs nothing. A truncated row that is
+    masked weighs nothing either, but is one of the completions that "sequence" and "constant" divide by, as in TRL.
     """
-    algorithm, device = stage.algorithm, batch.completion_ids.device
-    scored = ~scores.total.isnan().flatten().to(device)
-    mask = batch.completion_mask & scored[:, None]
+    algorithm = stage.algorithm
+    scored = ~scores.total.isnan().flatten().to(batch.completion_ids.device)
+    counted = batch.completion_mask & scored[:, None]
+    mask = counted
+    if algorithm.mask_truncated_completions:
+        assert batch.finished is not None
+        mask = counted & batch.finished[:, None]
     rows = batch.num_rows // algorithm.num_minibatches
+    parts = [slice(start, start + rows) for start in range(0, batch.num_rows, rows)]
     weights = [
         token_weights(
-            mask[start : start + rows],
+            mask[part],
             reduction=algorithm.reduction,
             max_completion_length=stage.sampling.max_completion_length,
+            num_sequences=int(counted[part].any(1).sum()),
         )
-        for start in range(0, batch.num_rows, rows)
+        for part in parts
     ]
-    advantages = group_advantages(scores.total, scale=algorithm.advantage_scale)
-    return replace(batch, advantages=advantages.flatten().to(device), loss_weights=torch.cat(weights))
+    batch = replace(batch, advantages=advantages(batch, scores, stage), loss_weights=torch.cat(weights))
+    return with_entropy_parts(batch, mask, parts, algorithm)
+
+
+def with_entropy_parts(batch: Batch, mask: Tensor, parts: Sequence[slice], algorithm: Algorithm) -> Batch:
+    """Add the mask of the least decided tokens and the weights of the entropy bonus, each where it is on."""
+    if algorithm.top_entropy_quantile < 1:
+        assert batch.old_entropy is not None
+        share = algorithm.top_entropy_quantile
+        kept = [high_entropy_mask(batch.old_entropy[part], mask[part], share=share) for part in parts]
+        mask = torch.cat(kept)
+        batch = replace(batch, policy_mask=mask)
+    if algorithm.entropy_bonus > 0:
+        weights = torch.cat([token_weights(mask[part], reduction="token") for part in parts])
+        batch = replace(batch, entropy_weights=weights)
+    return batch

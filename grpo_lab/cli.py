@@ -78,6 +78,33 @@ def evaluate(
     commands.evaluate(target, recipe=recipe, stage=stage, samples=samples, limit=limit, as_json=as_json)
 
 
+@app.command()
+def compare(
+    targets: Annotated[
+        list[str], typer.Argument(help="a recipe with key=value overrides, or two or more finished runs")
+    ],
+    parity: Annotated[bool, typer.Option("--parity", help="one recorded batch through both engines")] = False,
+    presets: Annotated[
+        bool, typer.Option("--presets", help="with --parity: every variant, not the recipe's own")
+    ] = False,
+    itself: Annotated[
+        bool, typer.Option("--self", help="native: micro-batches, padding and order change nothing")
+    ] = False,
+    stage: Annotated[str | None, typer.Option(help="which GRPO stage; the last one if not given")] = None,
+    prompts: Annotated[int, typer.Option(min=1, help="prompts in the recorded batch")] = 4,
+    as_json: Json = False,
+) -> None:
+    """Do both engines compute the same (--parity)? Is the native one itself (--self)? How do finished runs differ?"""
+    from grpo_lab import commands
+
+    if parity or itself:
+        passed = commands.compare_engines(
+            targets, parity=parity, presets=presets, itself=itself, stage=stage, prompts=prompts, as_json=as_json
+        )
+        raise typer.Exit(0 if passed else 1)
+    commands.compare_runs(targets, as_json=as_json)
+
+
 @recipes_app.command("ls")
 def list_recipes(as_json: Json = False) -> None:
     """List the shipped recipes."""

@@ -9,6 +9,7 @@ from rich.console import Console
 
 from grpo_lab.assemble import assemble
 from grpo_lab.bundled import find_recipe
+from grpo_lab.compare import report, runs
 from grpo_lab.errors import RecipeError, UsageError
 from grpo_lab.inspection import describe_plan, show_plan
 from grpo_lab.pipeline import quiet_libraries, train_recipe
@@ -121,6 +122,42 @@ def measured_stage(recipe: Recipe, name: str | None) -> str:
         wanted = f"stage {name}" if name is not None else "stage"
         raise UsageError(f"no GRPO {wanted} with an evaluation block; there are: {', '.join(names) or 'none'}")
     return chosen[-1]
+
+
+def compare_engines(
+    targets: Sequence[str], *, parity: bool, presets: bool, itself: bool, stage: str | None, prompts: int, as_json: bool
+) -> bool:
+    """Both engines on one batch (`parity`), or the native one against itself; whether all gates were passed."""
+    recipe, *overrides = targets
+    if parity and itself:
+        raise UsageError("--parity and --self are two checks; ask for one at a time")
+    quiet_libraries()
+    of = report.subject(assemble(load(find_recipe(recipe), overrides)), stage, prompts)
+    measure, show_report = REPORTS["self" if itself else "presets" if presets else "parity"]
+    found = measure(of)
+    if as_json:
+        print_json(found)
+    else:
+        show_report(found, wide_console())
+    return bool(found["passed"])
+
+
+REPORTS = {
+    "parity": (report.parity_report, report.show_parity),
+    "presets": (report.presets_report, report.show_presets),
+    "self": (report.self_report, report.show_self),
+}
+
+
+def compare_runs(targets: Sequence[str], *, as_json: bool) -> None:
+    """Finished runs side by side."""
+    if len(targets) < 2:
+        raise UsageError("give two or more run folders to compare, or --parity or --self with a recipe")
+    found = runs.compare_runs([Path(target) for target in targets])
+    if as_json:
+        print_json(found)
+    else:
+        runs.show_runs(found, wide_console())
 
 
 def show_metrics(metrics: dict[str, float], console: Console) -> None:

@@ -7,11 +7,12 @@ import torch
 from rich.console import Console
 
 from grpo_lab.assemble import Plan, assemble
+from grpo_lab.engines.trl_config import INEXACT
 from grpo_lab.errors import GrpoLabError, SetupError, StopRequested
 from grpo_lab.policy.load import load_policy, write_policy
 from grpo_lab.recipe import LoadedRecipe, resolved_yaml
 from grpo_lab.stages.grpo import run_grpo
-from grpo_lab.stages.plan import SftPlan
+from grpo_lab.stages.plan import GrpoPlan, SftPlan
 from grpo_lab.stages.running import Context, StopSignal
 from grpo_lab.stages.sft import run_sft
 from grpo_lab.tracking.console import ConsoleSink
@@ -74,6 +75,8 @@ def _run_stages(plan: Plan, run: RunFolder, files: JsonlSink, sinks: Sinks, stop
             verify_folder(folder.final)
             sinks.event(stage.name, stage.stage.steps, "info", "finished before, skipped", {})
         else:
+            if isinstance(stage, GrpoPlan) and stage.stage.engine == "trl":
+                run.mark_inexact(INEXACT)
             context = Context(plan.recipe, plan.tokenizer, folder, start, files, sinks, stop)
             if isinstance(stage, SftPlan):
                 run_sft(context, stage)

@@ -75,8 +75,10 @@ class Batch:
     Prompts are padded on the left, completions on the right, so that every row's completion starts at column S.
     Masks come from lengths, never from `ids == pad_id`. Nobody writes into these tensors.
 
-    `advantages` and `loss_weights` are None until `with_advantages`; `old_logps`, `ref_logps` until `with_logps`,
-    and stay None where they are not needed. Row weights of one optimiser step (one mini-batch) are computed together.
+    `advantages` and `loss_weights` are None until `with_advantages`, as are `policy_mask` (the tokens that the policy
+    objective keeps) and `entropy_weights`; `old_logps`, `old_entropy` and `ref_logps` are None until `with_logps`. All
+    stay None where they are not needed. What belongs to one optimiser step (one mini-batch) is computed together.
+    `finished` is False for rows that the length limit cut off.
     """
 
     prompt_ids: Int[Tensor, "P S"]
@@ -89,6 +91,10 @@ class Batch:
     ref_logps: Float[Tensor, "N T"] | None = None
     advantages: Float[Tensor, "N"] | None = None
     loss_weights: Float[Tensor, "N T"] | None = None
+    finished: Bool[Tensor, "N"] | None = None
+    old_entropy: Float[Tensor, "N T"] | None = None
+    policy_mask: Bool[Tensor, "N T"] | None = None
+    entropy_weights: Float[Tensor, "N T"] | None = None
 
     @property
     def num_rows(self) -> int:
@@ -117,6 +123,10 @@ class Batch:
             ref_logps=cut(self.ref_logps),
             advantages=None if self.advantages is None else self.advantages[start:stop],
             loss_weights=cut(self.loss_weights),
+            finished=None if self.finished is None else self.finished[start:stop],
+            old_entropy=cut(self.old_entropy),
+            policy_mask=cut(self.policy_mask),
+            entropy_weights=cut(self.entropy_weights),
         )
 
 
@@ -147,7 +157,8 @@ class UpdateStats:
     """What one call of `update` did, summed over its micro-batches, averaged over its optimiser steps.
 
     `kl` and `entropy` are means over completion tokens in nats. `skipped` counts optimiser steps that were left out
-    because the loss or a gradient was not finite. `sampler_gap` is the mean |log pi_old - log sampler| over tokens.
+    because the loss or a gradient was not finite. `clip_low` and `clip_high` are None for a surrogate that never clips.
+    `sampler_gap` is the mean |log pi_old - log sampler| over tokens.
     """
 
     loss: float
@@ -156,10 +167,20 @@ class UpdateStats:
     kl: float | None
     entropy: float
     ratio_mean: float
-    clip_low: float
-    clip_high: float
+    clip_low: float | None
+    clip_high: float | None
     skipped: int
     sampler_gap: float | None = None
+
+
+@dataclass(frozen=True)
+class Attempts:
+    """What dynamic sampling did in a step: rounds allowed and used, groups drawn, groups kept without a signal."""
+
+    limit: int
+    used: int
+    num_drawn: int
+    num_without_signal: int
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,5 @@
-"""Writes the parts of README.md that are made from the code: the glossary of metrics and the file tree.
+"""Writes the parts of README.md that are made from the code: the table of variants, the glossary of metrics and the file
+tree.
 
 Run by hand after a file or a metric was added: `.venv/bin/python scripts/readme_parts.py`. A test compares.
 """
@@ -7,10 +8,20 @@ import ast
 import re
 from pathlib import Path
 
+from grpo_lab.recipe.presets import VARIANTS
 from grpo_lab.tracking.metrics import DESCRIPTIONS, TIMING
 
 ROOT = Path(__file__).resolve().parent.parent
 LISTED = ("recipes", "rewards", "scripts", "grpo_lab")
+
+
+def variants() -> str:
+    """Every preset with the keys in which it differs from `grpo`, as a table."""
+    rows = []
+    for name, preset in VARIANTS.items():
+        keys = ", ".join(f"`{key}: {str(value).lower()}`" for key, value in preset.keys.items())
+        rows.append(f"| `{name}` | {preset.idea} | {keys or 'the defaults'} | {preset.source} |")
+    return "\n".join(["| preset | the idea | keys that differ from `grpo` | from |", "|---|---|---|---|", *rows])
 
 
 def glossary() -> str:
@@ -49,11 +60,10 @@ def first_sentence(path: Path) -> str:
 
 def with_parts(readme: str) -> str:
     """README.md with its made parts as they should be."""
-    for name, content in (("glossary", glossary()), ("tree", tree())):
+    for name, content in (("variants", variants()), ("glossary", glossary()), ("tree", tree())):
         begin, end = f"<!-- {name}: made by scripts/readme_parts.py -->", f"<!-- end of {name} -->"
         before, _, rest = readme.partition(begin)
-        _, _, after = rest.partition(end)
-        readme = f"{before}{begin}\n{content}\n{end}{after}"
+        readme = f"{before}{begin}\n{content}\n{end}{rest.partition(end)[2]}"
     return readme
 
 

@@ -79,8 +79,9 @@ def test_groups_become_rows_group_by_group_each_prompt_once(tiny_policy):
     assert batch.sampler_logps.tolist() == [[-10, -2, 0], [-11, -12, -2], [-2, 0, 0], [-13, -2, 0]]
     assert batch.num_rows == 4
     assert set(tensors(batch)) == {
-        "prompt_ids", "prompt_mask", "prompt_index", "completion_ids", "completion_mask", "sampler_logps"
+        "prompt_ids", "prompt_mask", "prompt_index", "completion_ids", "completion_mask", "sampler_logps", "finished"
     }  # fmt: skip
+    assert batch.finished.tolist() == [True, True, True, True]
 
 
 def test_one_completion_without_sampler_log_probs_leaves_them_out_for_all(tiny_policy):

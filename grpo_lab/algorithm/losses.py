@@ -33,14 +33,18 @@ def importance_ratio(
     old_logps: Float[Tensor, "N T"],
     mask: Bool[Tensor, "N T"],
     *,
-    level: Literal["token", "sequence"] = "token",
+    level: Literal["token", "sequence", "sequence_sum"] = "token",
 ) -> Float[Tensor, "N T"]:
     """How much likelier the policy makes what was sampled than the policy that sampled it: pi / pi_old.
 
-    token       exp(logp_t - old_logp_t)                              GRPO
-    sequence    exp(mean_t (logp_t - old_logp_t)), for every token    GSPO (arXiv:2507.18071)
+    token           exp(logp_t - old_logp_t)                              GRPO
+    sequence        exp(mean_t (logp_t - old_logp_t)), for every token    GSPO (arXiv:2507.18071)
+    sequence_sum    exp(sum_t (logp_t - old_logp_t)), for every token     RLOO (arXiv:2402.14740)
 
-    What stands at masked positions is never used and gets no gradient: the ratio there is 1 (at sequence level, the
+    "sequence_sum" is the ratio of the two policies' probabilities of the whole completion. Its gradient is the sum over
+    the tokens, so with "sequence" weights (1/|o_i|) a completion's tokens count |o_i| times what they do otherwise.
+
+    What stands at masked positions is never used and gets no gradient: the ratio there is 1 (at the sequence levels, the
     completion's), and a completion of no tokens has ratio 1.
 
     >>> old = torch.tensor([[0.5, 0.2, 0.9]]).log()
@@ -50,28 +54,58 @@ def importance_ratio(
     tensor([[1.2000, 0.5000, 1.0000]])
     >>> importance_ratio(new, old, mask, level="sequence")
     tensor([[0.7746, 0.7746, 0.7746]])
+    >>> importance_ratio(new, old, mask, level="sequence_sum")
+    tensor([[0.6000, 0.6000, 0.6000]])
     """
     log_ratio = (logps - old_logps).masked_fill(~mask, 0.0)
     if level == "token":
         return log_ratio.exp()
+    total = log_ratio.sum(dim=1, keepdim=True)
+    if level == "sequence_sum":
+        return total.exp().expand_as(log_ratio)
     if level == "sequence":
-        lengths = mask.sum(dim=1, keepdim=True).clamp(min=1)
-        return (log_ratio.sum(dim=1, keepdim=True) / lengths).exp().expand_as(log_ratio)
-    raise ValueError(f'importance_ratio: level is "{level}"; use "token" or "sequence"')
+        return (total / mask.sum(dim=1, keepdim=True).clamp(min=1)).exp().expand_as(log_ratio)
+    raise ValueError(f'importance_ratio: level is "{level}"; use "token", "sequence" or "sequence_sum"')
 
 
-def truncated_importance_weights(
-    old_logps: Float[Tensor, "N T"], sampler_logps: Float[Tensor, "N T"], *, cap: float
+def sampler_correction_weights(
+    old_logps: Float[Tensor, "N T"],
+    sampler_logps: Float[Tensor, "N T"],
+    mask: Bool[Tensor, "N T"],
+    *,
+    mode: Literal["truncate", "mask"] = "truncate",
+    level: Literal["token", "sequence"] = "token",
+    cap: float,
 ) -> Float[Tensor, "N T"]:
-    """Corrects for a sampler that is not quite pi_old: min(pi_old / sampler, cap), without gradient.
+    """Corrects for a sampler that is not quite pi_old: pi_old / sampler, bounded by the cap, without gradient.
+
+    truncate    min(pi_old / sampler, cap)                         truncated importance sampling
+    mask        pi_old / sampler, and 0 where it exceeds the cap    masked importance sampling
 
     Another kernel, dtype or a cut-off such as top_p makes the two differ. The cap bounds the variance that rare tokens
-    would bring. Pass the result to `grpo_loss` as `sampler_weights`.
+    would bring. At level "sequence" the quotient is the product over a completion's tokens and counts for all of them.
+    At masked positions the weight is that of a quotient of 1 (at sequence level, the completion's). As in TRL's
+    vllm_importance_sampling_mode. Pass the result to `grpo_loss` as `sampler_weights`.
 
-    >>> truncated_importance_weights(torch.tensor([[0.5, 0.4]]).log(), torch.tensor([[0.4, 0.1]]).log(), cap=2.0)
+    >>> old, sampler = torch.tensor([[0.5, 0.4]]).log(), torch.tensor([[0.4, 0.1]]).log()
+    >>> mask = torch.tensor([[True, True]])
+    >>> sampler_correction_weights(old, sampler, mask, cap=2.0)
     tensor([[1.2500, 2.0000]])
+    >>> sampler_correction_weights(old, sampler, mask, mode="mask", cap=2.0)
+    tensor([[1.2500, 0.0000]])
+    >>> sampler_correction_weights(old, sampler, mask, level="sequence", cap=9.0)
+    tensor([[5., 5.]])
     """
-    return (old_logps - sampler_logps).detach().exp().clamp(max=cap)
+    gap = (old_logps - sampler_logps).detach().masked_fill(~mask, 0.0)
+    if level == "sequence":
+        gap = gap.sum(dim=1, keepdim=True).expand_as(gap)
+    elif level != "token":
+        raise ValueError(f'sampler_correction_weights: level is "{level}"; use "token" or "sequence"')
+    if mode == "truncate":
+        return gap.exp().clamp(max=cap)
+    if mode == "mask":
+        return gap.exp().masked_fill(gap.exp() > cap, 0.0)
+    raise ValueError(f'sampler_correction_weights: mode is "{mode}"; use "truncate" or "mask"')
 
 
 def clipped_surrogate(
@@ -100,6 +134,17 @@ def clipped_surrogate(
     clipped = ratio.clamp(1 - epsilon_low, 1 + epsilon_high)
     capped = ratio if delta is None else ratio.clamp(max=delta)
     return torch.minimum(capped * advantages, clipped * advantages)
+
+
+def plain_surrogate(ratio: Float[Tensor, "N T"], advantages: Advantages) -> Float[Tensor, "N T"]:
+    """The policy gradient with its importance weight and nothing else: ratio * A.
+
+    Its gradient at ratio 1 is REINFORCE's, A * grad logp.
+
+    >>> plain_surrogate(torch.tensor([[1.8, 0.4]]), torch.tensor([-1.0]))
+    tensor([[-1.8000, -0.4000]])
+    """
+    return ratio * _per_token(advantages)
 
 
 def clipped_tokens(
@@ -162,7 +207,7 @@ def grpo_loss(
     weights: Float[Tensor, "N T"],
     *,
     surrogate: Surrogate,
-    ratio_level: Literal["token", "sequence"],
+    ratio_level: Literal["token", "sequence", "sequence_sum"],
     beta: float,
     kl_estimator: Literal["k1", "k2", "k3"] | KlEstimator,
     kl_bias_correction: bool = False,
@@ -185,7 +230,7 @@ def grpo_loss(
         kl_bias_correction: multiply the KL by the ratio, gradient included. At token level, k1 and k3 then have the
             value and the gradient of KL(pi || ref) on samples of pi_old (DeepSeek-V3.2, arXiv:2512.02556; TRL's
             use_bias_correction_kl). It changes the gradient on fresh samples too, where the ratio is 1.
-        sampler_weights: from `truncated_importance_weights`; scale the surrogate, not the KL.
+        sampler_weights: from `sampler_correction_weights`; scale the surrogate, not the KL.
         policy_mask: False takes a token out of the surrogate, not out of the KL or of anyone's weight.
     """
     # Garbage at masked positions must not reach a product: nan * 0 is nan, in the gradient as well.

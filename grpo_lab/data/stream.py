@@ -103,6 +103,16 @@ class PromptStream(Generic[T]):
         first = step * self.batch_size
         return [self._item(position) for position in range(first, first + self.batch_size)]
 
+    def others(self, step: int, attempt: int) -> list[T]:
+        """`batch_size` items to sample in place of others of the step: a function of (seed, step, attempt), attempt >= 1.
+
+        Each attempt walks through permutations of its own, so the items may be ones that the step has seen already.
+        """
+        if isinstance(self.items, Stream):
+            raise TypeError("a Stream is read in file order; it cannot be asked for other items")
+        seed = derive_seed(self._seed, "attempt", attempt)
+        return PromptStream(self.items, self.batch_size, seed=seed).at(step)
+
     def _item(self, position: int) -> T:
         if isinstance(self.items, Stream):
             return self._streamed(self.items, position)
@@ -125,7 +135,7 @@ class PromptStream(Generic[T]):
             raise RecipeError(f"data: a step needs {self.batch_size} prompts, the data has {found}")
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=8)
 def _epoch_order(size: int, seed: int) -> list[int]:
     order: list[int] = torch.randperm(size, generator=torch.Generator().manual_seed(seed)).tolist()
     return order

@@ -1,10 +1,15 @@
 """The native engine: THE LOOP. Read it beside Algorithm 1 of DeepSeekMath (arXiv:2402.03300)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
-from grpo_lab.batching import pad, with_advantages, with_logps
+import torch
+from torch import Tensor
+
+from grpo_lab.algorithm.advantages import has_signal
+from grpo_lab.batching import compared_rewards, pad, with_advantages, with_logps
 from grpo_lab.data.stream import PromptStream
 from grpo_lab.engines.learner import Learner
 from grpo_lab.engines.update import update
@@ -13,9 +18,9 @@ from grpo_lab.recipe.schema import GrpoStage
 from grpo_lab.sampling.decoding import Sampler
 from grpo_lab.scoring import RewardSet, check_budget
 from grpo_lab.seeds import derive_seed
-from grpo_lab.tracking.metrics import step_metrics
+from grpo_lab.tracking.metrics import sampling_metrics, step_metrics
 from grpo_lab.tracking.stopwatch import Stopwatch
-from grpo_lab.types import Group, Policy, Scores, StepEnd
+from grpo_lab.types import Attempts, Example, Group, Policy, Scores, StepEnd
 
 
 @dataclass(frozen=True)
@@ -34,12 +39,20 @@ class Parts:
     folder: Path
 
 
+class Collected(NamedTuple):
+    """What a step learns from, and what it took to get it."""
+
+    groups: list[Group]
+    scores: Scores
+    attempts: Attempts
+
+
 def train(parts: Parts, *, start: int, report: Callable[[StepEnd], None]) -> None:
     """GRPO from step `start` to the stage's end; everything that is not GRPO hangs on `report`."""
     stage = parts.stage
     for step in range(start, stage.steps):
         clock = Stopwatch()
-        groups, scores = collect(parts, step, clock)  # G answers to each of P prompts, from pi_old, scored
+        groups, scores, attempts = collect(parts, step, clock)  # G answers to each of P prompts, from pi_old, scored
         learn_without_dropout(parts.policy.model)
         batch = pad(groups, parts.policy)  # the only place that pads; masks from lengths
         batch = with_logps(batch, parts.policy, parts.reference, stage)  # log pi_old, log pi_ref: where needed
@@ -48,19 +61,60 @@ def train(parts: Parts, *, start: int, report: Callable[[StepEnd], None]) -> Non
         parts.sampler.sync(parts.policy)
         clock.lap("learn")
         timing = clock.report(completions=batch.num_rows, tokens=int(batch.completion_mask.sum()))
-        metrics = step_metrics(groups, scores, stats)
+        metrics = {**step_metrics(groups, scores, stats), **sampling_metrics(attempts)}
         report(StepEnd(parts.name, step + 1, stage.steps, metrics, timing, groups, scores))
 
 
-def collect(parts: Parts, step: int, clock: Stopwatch) -> tuple[list[Group], Scores]:
-    """Sample and score one step's groups. Too many failed rewards end the run with the examples saved."""
-    groups = parts.sampler.sample(
-        parts.prompts.at(step),
-        num_generations=parts.stage.sampling.num_generations,
-        seed=derive_seed(parts.seed, parts.name, "sampling", step),
-    )
+def collect(parts: Parts, step: int, clock: Stopwatch) -> Collected:
+    """Sample and score one step's groups. Too many failed rewards end the run with the examples saved.
+
+    Dynamic sampling (`sampling_attempts` above 1): groups without signal give way to groups of other prompts that have
+    one, in up to that many rounds; what is left then stays. A later round's prompts and noise are a function of (seed,
+    step, attempt).
+    """
+    stage, num_groups = parts.stage, parts.stage.prompts_per_step
+    groups, scores = _draw(parts, parts.prompts.at(step), derive_seed(parts.seed, parts.name, "sampling", step), clock)
+    teaches = has_signal(compared_rewards(scores, stage)).tolist()
+    num_drawn, attempt = num_groups, 1
+    while attempt < stage.algorithm.sampling_attempts and not all(teaches):
+        places = [place for place, has in enumerate(teaches) if not has]
+        seed = derive_seed(parts.seed, parts.name, "resampling", step, attempt)
+        examples = parts.prompts.others(step, attempt)[: len(places)]
+        other_groups, other_scores = _draw(parts, examples, seed, clock)
+        useful = has_signal(compared_rewards(other_scores, stage)).tolist()
+        swaps = {place: index for index, place in enumerate(places) if useful[index]}
+        groups = [other_groups[swaps[place]] if place in swaps else group for place, group in enumerate(groups)]
+        scores = replaced(scores, other_scores, swaps)
+        teaches = [has or place in swaps for place, has in enumerate(teaches)]
+        num_drawn, attempt = num_drawn + len(places), attempt + 1
+    limit = stage.algorithm.sampling_attempts
+    return Collected(groups, scores, Attempts(limit, attempt, num_drawn, num_groups - sum(teaches)))
+
+
+def _draw(parts: Parts, examples: list[Example], seed: int, clock: Stopwatch) -> tuple[list[Group], Scores]:
+    groups = parts.sampler.sample(examples, num_generations=parts.stage.sampling.num_generations, seed=seed)
     clock.lap("sample")
     scores = parts.rewards.score(groups)
     check_budget(scores, groups, max_failed=parts.stage.max_failed_rewards, folder=parts.folder)
     clock.lap("score")
     return groups, scores
+
+
+def replaced(scores: Scores, others: Scores, swaps: Mapping[int, int]) -> Scores:
+    """The scores with those of some groups replaced: `swaps` maps a group's place to its place in `others`."""
+    if not swaps:
+        return scores
+    kept, new = list(swaps), list(swaps.values())
+
+    def put(mine: Tensor, theirs: Tensor) -> Tensor:
+        return mine.index_copy(0, torch.tensor(kept), theirs[new])
+
+    return Scores(
+        total=put(scores.total, others.total),
+        terms={name: put(values, others.terms[name]) for name, values in scores.terms.items()},
+        status={
+            name: tuple(others.status[name][swaps[place]] if place in swaps else row for place, row in enumerate(rows))
+            for name, rows in scores.status.items()
+        },
+        reasons={**others.reasons, **scores.reasons},
+    )

@@ -16,13 +16,15 @@ class PolicyForward(nn.Module):
 
     All logits are divided by the sampling temperature, for the policy, the old and the reference policy alike. The LM
     head runs on completion positions only. Positions come from the mask, so left padding is exact for absolute
-    embeddings too. Columns beyond a row's length hold finite values without meaning.
+    embeddings too. Columns beyond a row's length hold finite values without meaning. The entropy has a gradient only if
+    asked for (`entropy_gradient`): it keeps another [N, T, V] tensor for the backward pass.
     """
 
-    def __init__(self, model: nn.Module, *, temperature: float) -> None:
+    def __init__(self, model: nn.Module, *, temperature: float, entropy_gradient: bool = False) -> None:
         super().__init__()
         self.model = model
         self.temperature = temperature
+        self.entropy_gradient = entropy_gradient
 
     def forward(self, batch: Batch) -> LogpsAndEntropy:
         width = batch.completion_ids.shape[1]
@@ -37,32 +39,33 @@ class PolicyForward(nn.Module):
         ).logits[:, :-1]  # the logits at column t-1 predict the token at column t
         if self.temperature != 1.0:
             logits = logits.float() / self.temperature  # bfloat16 would round the quotient; the sampler does not
-        with torch.no_grad():
+        with torch.set_grad_enabled(self.entropy_gradient and torch.is_grad_enabled()):
             spread = entropy(logits)
         return LogpsAndEntropy(selected_logps(logits, batch.completion_ids), spread)
 
 
 @torch.no_grad()
-def logps_without_gradient(
-    forward: PolicyForward, batch: Batch, *, micro_batch_size: int | None = None
-) -> Float[Tensor, "N T"]:
-    """Log-probs [N, T] in micro-batches, padded back to the batch's width with zeros."""
+def without_gradient(forward: PolicyForward, batch: Batch, *, micro_batch_size: int | None = None) -> LogpsAndEntropy:
+    """Log-probs and entropy [N, T] in micro-batches, padded back to the batch's width with zeros."""
     size = micro_batch_size or batch.num_rows
-    out = torch.zeros(batch.completion_ids.shape, device=batch.completion_ids.device)
+    logps = torch.zeros(batch.completion_ids.shape, device=batch.completion_ids.device)
+    spread = torch.zeros_like(logps)
     for start in range(0, batch.num_rows, size):
         rows = batch.rows(start, min(start + size, batch.num_rows))
-        logps = forward(rows).logps
-        out[start : start + size, : logps.shape[1]] = logps
-    return out.masked_fill(~batch.completion_mask, 0.0)
+        out = forward(rows)
+        logps[start : start + size, : out.logps.shape[1]] = out.logps
+        spread[start : start + size, : out.entropy.shape[1]] = out.entropy
+    outside = ~batch.completion_mask
+    return LogpsAndEntropy(logps.masked_fill(outside, 0.0), spread.masked_fill(outside, 0.0))
 
 
 def completion_logps(
     policy: Policy, batch: Batch, *, temperature: float, micro_batch_size: int | None = None
 ) -> Float[Tensor, "N T"]:
     """Log-probs [N, T] in nats of the batch's completions under the policy, without gradient; 0 where masked."""
-    return logps_without_gradient(
+    return without_gradient(
         PolicyForward(policy.model, temperature=temperature), batch, micro_batch_size=micro_batch_size
-    )
+    ).logps
 
 
 def frozen_copy(policy: Policy) -> Policy:
@@ -76,6 +79,17 @@ def reference_logps(
 ) -> Float[Tensor, "N T"]:
     """Log-probs [N, T] in nats under the frozen reference."""
     return completion_logps(reference, batch, temperature=temperature, micro_batch_size=micro_batch_size)
+
+
+@torch.no_grad()
+def refresh_reference(reference: Policy, policy: Policy, *, alpha: float) -> None:
+    """Move the reference towards the policy, in place: ref = alpha * policy + (1 - alpha) * ref.
+
+    In float32 whatever the weights' type. As TRL's sync_ref_model, after "Learn Your Reference Model for Real Good
+    Alignment" (arXiv:2404.09656).
+    """
+    for mine, theirs in zip(reference.model.parameters(), policy.model.parameters(), strict=True):
+        mine.copy_(alpha * theirs.float() + (1 - alpha) * mine.float())
 
 
 def learn_without_dropout(model: nn.Module) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from grpo_lab.recipe.presets import PRESETS
+from grpo_lab.recipe.presets import PRESETS, conflicts
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=100)]
 StageName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", max_length=100)]
@@ -136,7 +136,7 @@ class Sampling(Block):
     """How completions are drawn."""
 
     backend: Literal["auto", "native", "hf"] = "auto"
-    """`native` is this project's decoding loop, `hf` is transformers' generate; auto = native."""
+    """`native` is this project's decoding loop, `hf` is transformers' generate; auto = the engine's own."""
     num_generations: Annotated[int, Field(ge=2)]
     """G: completions per prompt."""
     max_completion_length: PositiveInt
@@ -178,33 +178,73 @@ class RewardTerm(Block):
         return self.label or self.name.rsplit(".", 1)[-1]
 
 
-class Algorithm(Block):
-    """The GRPO variant. A preset fills what is not written; see presets.py."""
+class ReferenceRefresh(Block):
+    """Lets the reference follow the policy: ref = alpha * policy + (1 - alpha) * ref."""
 
-    preset: Literal["grpo", "dr_grpo"] = "grpo"
+    every: PositiveInt
+    """Steps between two refreshes."""
+    alpha: Annotated[float, Field(gt=0, le=1)] = 0.6
+    """The policy's share; 1 replaces the reference."""
+
+
+class Algorithm(Block):
+    """The GRPO variant. A preset fills what is not written; see presets.py for the rows and their papers."""
+
+    preset: Literal[
+        "grpo", "dr_grpo", "dapo", "gspo", "cispo", "sapo", "rloo", "reinforce_pp", "reinforce_pp_baseline", "gdpo",
+        "trl_default",
+    ] = "grpo"  # fmt: skip
     """A row of the table of variants."""
-    advantage_scale: Literal["group", "batch", "none"] = "group"
-    """What centred rewards are divided by: the group's std, the batch's, or nothing."""
-    ratio_level: Literal["token", "sequence"] = "token"
-    """Whether the importance ratio is taken per token or as its geometric mean over the completion."""
+    reward_aggregation: Literal["sum", "normalize_then_sum"] = "sum"
+    """Sum the weighted rewards as they are, or each one first centred and scaled within its group (GDPO)."""
+    advantage_baseline: Literal["group", "leave_one_out", "batch"] = "group"
+    """What a reward is compared with: its group's mean, the mean of the others in its group, or the step's mean."""
+    advantage_scale: Literal["group", "batch", "centred", "none"] = "group"
+    """What the difference is divided by: the std of the group's rewards, of the step's, of the step's differences, or 1."""
+    surrogate: Literal["clipped", "cispo", "sapo", "none"] = "clipped"
+    """The objective: PPO's clip, CISPO's capped weight, SAPO's soft clip, or ratio * A as it is."""
+    ratio_level: Literal["token", "sequence", "sequence_sum"] = "token"
+    """The importance ratio: per token, its geometric mean over the completion, or its product (the completion's own)."""
     epsilon_low: Annotated[float, Field(gt=0, lt=1)] = 0.2
-    """The ratio is clipped below at 1 - epsilon_low."""
+    """surrogate clipped: the ratio is clipped below at 1 - epsilon_low."""
     epsilon_high: Annotated[float, Field(gt=0)] = 0.2
-    """The ratio is clipped above at 1 + epsilon_high."""
+    """surrogate clipped: the ratio is clipped above at 1 + epsilon_high. cispo: the ratio's cap itself."""
     delta: Annotated[float, Field(gt=1)] | None = None
-    """Two-sided clipping: the ratio itself is capped here first; null = off."""
+    """surrogate clipped: two-sided clipping, the ratio itself is capped here first; null = off."""
+    sapo_temperature_pos: Annotated[float, Field(gt=0)] = 1.0
+    """surrogate sapo: how fast the gradient fades where the advantage is positive."""
+    sapo_temperature_neg: Annotated[float, Field(gt=0)] = 1.05
+    """surrogate sapo: how fast the gradient fades where the advantage is negative."""
     reduction: Literal["sequence", "token", "constant"] = "sequence"
     """Every completion counts the same, every token counts the same, or a constant length divides."""
     beta: Annotated[float, Field(ge=0)] = 0.04
     """Weight of the KL penalty to the reference; 0 needs no reference model."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
     """Which estimator of the KL."""
+    kl_placement: Literal["loss", "reward"] = "loss"
+    """Add the KL to every token's loss, or subtract a completion's summed KL from its reward."""
+    kl_bias_correction: bool = False
+    """Multiply the KL in the loss by the importance ratio, gradient included."""
+    reference_refresh: ReferenceRefresh | None = None
+    """When the reference follows the policy; null = it stays as the stage began."""
+    entropy_bonus: Annotated[float, Field(ge=0)] = 0.0
+    """This times the mean entropy per token (nats) is taken from the loss; 0 = off."""
+    top_entropy_quantile: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """The share of tokens, those of highest entropy under pi_old, that the policy objective keeps; 1 = all."""
+    mask_truncated_completions: bool = False
+    """Leave completions that the length limit cut off out of the loss; they stay in their group's baseline."""
+    sampling_attempts: PositiveInt = 1
+    """Dynamic sampling: rounds of sampling in a step, groups without signal being replaced in each; 1 = off."""
+    overlong_buffer: Fraction = 0.0
+    """DAPO's soft overlong penalty over this last share of max_completion_length, as a reward `overlong`; 0 = off."""
     num_iterations: PositiveInt = 1
     """Passes over one batch of completions."""
     num_minibatches: PositiveInt = 1
     """Optimiser steps in one pass; each takes whole groups."""
-    sampler_correction: Literal["none", "truncate"] = "none"
-    """Weight tokens by pi_old / sampler, capped: needed when top_p, top_k or min_p change what is sampled."""
+    sampler_correction: Literal["none", "truncate", "mask"] = "none"
+    """Weight tokens by pi_old / sampler, capped or left out beyond the cap: for samplers that are not quite the policy."""
+    sampler_correction_level: Literal["token", "sequence"] = "token"
+    """Whether that weight is a token's own or the product over its completion."""
     sampler_correction_cap: Annotated[float, Field(gt=0)] = 2.0
     """The cap of that weight."""
 
@@ -215,6 +255,14 @@ class Algorithm(Block):
             return values
         preset = values.get("preset", "grpo")
         return {**(PRESETS.get(preset, {}) if isinstance(preset, str) else {}), **values}
+
+    @model_validator(mode="after")
+    def _no_key_without_effect(self) -> "Algorithm":
+        defaults = {key: field.default for key, field in type(self).model_fields.items()}
+        problems = conflicts(self.model_dump(), defaults)
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
 
 
 class Optimizer(Block):
@@ -300,8 +348,8 @@ class GrpoStage(StageBase):
 
     kind: Literal["grpo"]
     """The stage's kind."""
-    engine: Literal["native"] = "native"
-    """Who runs the loop."""
+    engine: Literal["native", "trl"] = "native"
+    """Who runs the loop: this project, or TRL's GRPOTrainer (for comparison; it resumes, but not to the same bytes)."""
     sampling: Sampling
     """How completions are drawn."""
     rewards: Annotated[list[RewardTerm], Field(min_length=1)]
@@ -312,6 +360,15 @@ class GrpoStage(StageBase):
     """P: prompts per step."""
     max_failed_rewards: Fraction = 0.25
     """The run stops when more than this share of a step's completions could not be scored."""
+
+    @property
+    def reward_terms(self) -> list[RewardTerm]:
+        """The rewards of the recipe, and the overlong penalty where the algorithm asks for it."""
+        length = self.sampling.max_completion_length
+        buffer = round(self.algorithm.overlong_buffer * length)
+        if buffer == 0 or any(term.key == "overlong" for term in self.rewards):
+            return self.rewards
+        return [*self.rewards, RewardTerm(name="overlong", options={"max_length": length, "buffer": buffer})]
 
     @model_validator(mode="after")
     def _sizes_and_terms(self) -> "GrpoStage":
@@ -330,6 +387,8 @@ class GrpoStage(StageBase):
         for term in self.rewards:
             if term.only_if is not None and (term.only_if not in keys or term.only_if == term.key):
                 problems.append(f'rewards: only_if: "{term.only_if}" is not another term here ({", ".join(keys)})')
+        if self.algorithm.sampling_attempts > 1 and self.data.streaming:
+            problems.append("algorithm.sampling_attempts draws other prompts at random; turn data.streaming off")
         if self.sampling.truncates and self.algorithm.sampler_correction == "none":
             problems.append(
                 "sampling.top_p, top_k and min_p change the sampled distribution, so the ratio would be biased; "

@@ -3,16 +3,16 @@
 from grpo_lab.engines.learner import Learner
 from grpo_lab.engines.native import Parts, train
 from grpo_lab.evaluate import Evaluation, evaluate
-from grpo_lab.policy.forward import PolicyForward, frozen_copy
+from grpo_lab.policy.forward import PolicyForward, frozen_copy, refresh_reference
 from grpo_lab.policy.load import load_policy
-from grpo_lab.recipe.schema import GrpoStage
+from grpo_lab.recipe.schema import GrpoStage, ReferenceRefresh
 from grpo_lab.sampling import make_sampler
 from grpo_lab.sampling.decoding import Decoding
 from grpo_lab.seeds import derive_seed
 from grpo_lab.stages.advice import Advice
 from grpo_lab.stages.plan import GrpoPlan
 from grpo_lab.stages.running import Context, checkpointing, evaluating, finish, reporting, resume
-from grpo_lab.types import Policy
+from grpo_lab.types import Callback, Policy, StepEnd
 
 
 def run_grpo(context: Context, plan: GrpoPlan) -> None:
@@ -21,12 +21,17 @@ def run_grpo(context: Context, plan: GrpoPlan) -> None:
     policy = load_policy(recipe.model, context.tokenizer, seed=recipe.seed, folder=context.start)
     reference = frozen_copy(policy) if stage.algorithm.beta > 0 else None  # before resume: as the stage began
     learner = Learner(
-        PolicyForward(policy.model, temperature=stage.sampling.temperature),
+        PolicyForward(
+            policy.model,
+            temperature=stage.sampling.temperature,
+            entropy_gradient=stage.algorithm.entropy_bonus > 0,
+        ),
         stage.optimizer,
         total_steps=stage.steps * stage.algorithm.num_iterations * stage.algorithm.num_minibatches,
         micro_batch_size=stage.micro_batch_size,
     )
-    start = resume(context, plan.name, policy, learner)
+    moving = reference if stage.algorithm.reference_refresh is not None else None
+    start = resume(context, plan.name, policy, learner, moving_reference=moving)
 
     def measure(step: int) -> None:
         result = measure_policy(policy, plan, seed=recipe.seed)
@@ -49,11 +54,22 @@ def run_grpo(context: Context, plan: GrpoPlan) -> None:
     report = reporting(
         context.sinks.step,
         Advice(context.sinks),
+        refreshing(stage.algorithm.reference_refresh, policy, reference),
         evaluating(stage.evaluation, measure),
-        checkpointing(context, policy, learner, stage.checkpoint),
+        checkpointing(context, policy, learner, stage.checkpoint, moving_reference=moving),
     )
     train(parts, start=start, report=report)
     finish(context, policy, steps=stage.steps)
+
+
+def refreshing(settings: ReferenceRefresh | None, policy: Policy, reference: Policy | None) -> Callback:
+    """Let the reference follow the policy every `every` steps; what is saved after the step has it already."""
+
+    def refresh(end: StepEnd) -> None:
+        if settings is not None and reference is not None and end.step % settings.every == 0:
+            refresh_reference(reference, policy, alpha=settings.alpha)
+
+    return refresh
 
 
 def measure_policy(

@@ -65,8 +65,13 @@ class Context:
     stop: StopSignal
 
 
-def resume(context: Context, name: str, policy: Policy, learner: Learner) -> int:
-    """Load the newest readable checkpoint, cut the logs back to it, and say how many steps are done."""
+def resume(
+    context: Context, name: str, policy: Policy, learner: Learner, *, moving_reference: Policy | None = None
+) -> int:
+    """Load the newest readable checkpoint, cut the logs back to it, and say how many steps are done.
+
+    `moving_reference` is a reference that training changes, so that it is part of the state.
+    """
     loaded = load_latest(context.folder.checkpoints)
     context.files.truncate(name, loaded.step if loaded else -1)
     if loaded is None:
@@ -74,6 +79,8 @@ def resume(context: Context, name: str, policy: Policy, learner: Learner) -> int
     for problem in loaded.skipped:
         context.sinks.event(name, loaded.step, "warning", f"checkpoint left out: {problem}", {})
     policy.model.load_state_dict(dict(loaded.tensors["model"]))
+    if moving_reference is not None:
+        moving_reference.model.load_state_dict(dict(loaded.tensors["reference"]))
     learner.optimizer.load_state_dict(optimizer_state(loaded.tensors["optimizer"], loaded.state["optimizer"]))
     learner.steps_done = loaded.state["steps_done"]
     learner.skipped_in_a_row = loaded.state["skipped_in_a_row"]
@@ -81,7 +88,14 @@ def resume(context: Context, name: str, policy: Policy, learner: Learner) -> int
     return loaded.step
 
 
-def checkpointing(context: Context, policy: Policy, learner: Learner, settings: Checkpoint) -> Callback:
+def checkpointing(
+    context: Context,
+    policy: Policy,
+    learner: Learner,
+    settings: Checkpoint,
+    *,
+    moving_reference: Policy | None = None,
+) -> Callback:
     """Save every `every` steps, after the last one, and when the run was asked to stop (which then happens)."""
 
     def save(end: StepEnd) -> None:
@@ -89,10 +103,11 @@ def checkpointing(context: Context, policy: Policy, learner: Learner, settings: 
         if not (asked or end.step % settings.every == 0 or end.step == end.num_steps):
             return
         tensors, values = optimizer_tensors(learner.optimizer.state_dict())
+        moving = {} if moving_reference is None else {"reference": moving_reference.model.state_dict()}
         save_checkpoint(
             context.folder.checkpoints,
             step=end.step,
-            tensors={"model": policy.model.state_dict(), "optimizer": tensors},
+            tensors={"model": policy.model.state_dict(), "optimizer": tensors, **moving},
             state={
                 "optimizer": values,
                 "steps_done": learner.steps_done,

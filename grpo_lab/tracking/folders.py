@@ -25,11 +25,25 @@ def save_folder_atomic(target: Path, write: Callable[[Path], None]) -> None:
             _remove(temporary)
             temporary.mkdir()
             write(temporary)
-            _seal(temporary)
+            seal_folder(temporary)
             _put_in_place(temporary, target)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
+
+
+def seal_folder(folder: Path) -> None:
+    """Put every byte of a folder on the disk, then write its manifest: a folder without one is not complete."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    for file in files:
+        with file.open("rb") as opened:
+            os.fsync(opened.fileno())
+    entries = {
+        file.relative_to(folder).as_posix(): {"bytes": file.stat().st_size, "sha256": hash_file(file)} for file in files
+    }
+    write_json(folder / MANIFEST, {"format_version": FORMAT_VERSION, "files": entries})
+    for inner in [path for path in folder.rglob("*") if path.is_dir()]:
+        sync_folder(inner)
 
 
 def verify_folder(path: Path) -> None:
@@ -87,19 +101,6 @@ def remove_leftovers(folder: Path) -> None:
 def _is_inside(name: str) -> bool:
     path = PurePosixPath(name)
     return bool(path.parts) and not path.is_absolute() and ".." not in path.parts
-
-
-def _seal(folder: Path) -> None:
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    for file in files:
-        with file.open("rb") as opened:
-            os.fsync(opened.fileno())
-    entries = {
-        file.relative_to(folder).as_posix(): {"bytes": file.stat().st_size, "sha256": hash_file(file)} for file in files
-    }
-    write_json(folder / MANIFEST, {"format_version": FORMAT_VERSION, "files": entries})
-    for inner in [path for path in folder.rglob("*") if path.is_dir()]:
-        sync_folder(inner)
 
 
 def _put_in_place(temporary: Path, target: Path) -> None:

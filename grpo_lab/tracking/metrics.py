@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from grpo_lab.types import Group, Scores, UpdateStats
+from grpo_lab.types import Attempts, Group, Scores, UpdateStats
 
 DESCRIPTIONS: Mapping[str, str] = {
     "loss": "The loss that was minimised; with beta 0 and one update per batch it stays at 0 while the policy learns.",
@@ -32,13 +32,16 @@ DESCRIPTIONS: Mapping[str, str] = {
     "completions/min_terminated_length": "Shortest completion that ended by itself, in tokens.",
     "completions/max_terminated_length": "Longest completion that ended by itself, in tokens.",
     "clip_ratio/low_mean": "Share of tokens clipped below: ratio under 1 - epsilon_low with a negative advantage.",
-    "clip_ratio/high_mean": "Share of tokens clipped above: ratio over 1 + epsilon_high with a positive advantage.",
-    "clip_ratio/region_mean": "Share of tokens clipped either way; they get no gradient from the surrogate.",
+    "clip_ratio/high_mean": "Share of tokens clipped above: ratio over 1 + epsilon_high (cispo: over the cap) with a positive advantage.",
+    "clip_ratio/region_mean": "Share of tokens clipped either way; they get no gradient from the surrogate (cispo: a capped one).",
     "lab/groups_all_equal_high": "Share of groups with equal rewards that lie high: most likely all right, too easy.",
     "lab/groups_all_equal_low": "Share of groups with equal rewards that lie low: most likely all wrong, too hard.",
     "lab/unscored": "Share of completions without a total reward; they are out of baseline and loss.",
     "lab/failed/<name>": "Share of completions on which one reward failed (error, timeout, bad value, crash).",
     "lab/ratio_mean": "Mean importance ratio pi / pi_old over completion tokens; 1 at the first update of a batch.",
+    "lab/sampling_attempts": "Dynamic sampling: rounds of sampling that the step took, the first included.",
+    "lab/groups_drawn": "Dynamic sampling: groups sampled in all rounds; those without signal gave way to others.",
+    "lab/sampling_exhausted": "Dynamic sampling: 1 where the attempts ran out and groups without signal stayed, else 0.",
     "lab/skipped_updates": "Optimiser steps left out because the loss or a gradient was not finite.",
     "lab/sampler_gap": "Mean absolute difference of the trainer's and the sampler's log-probs over completion tokens, in nats.",
 }
@@ -87,12 +90,24 @@ def step_metrics(groups: Sequence[Group], scores: Scores, stats: UpdateStats) ->
             **_length_metrics(ended, "terminated_length"),
             "clip_ratio/low_mean": stats.clip_low,
             "clip_ratio/high_mean": stats.clip_high,
-            "clip_ratio/region_mean": stats.clip_low + stats.clip_high,
+            "clip_ratio/region_mean": _sum(stats.clip_low, stats.clip_high),
             "lab/ratio_mean": stats.ratio_mean,
             "lab/skipped_updates": float(stats.skipped),
             "lab/sampler_gap": stats.sampler_gap,
         }
     )
+
+
+def sampling_metrics(attempts: Attempts) -> dict[str, float]:
+    """What dynamic sampling did, under its names; nothing where it is off."""
+    if attempts.limit == 1:
+        return {}
+    exhausted = attempts.used == attempts.limit and attempts.num_without_signal > 0
+    return {
+        "lab/sampling_attempts": float(attempts.used),
+        "lab/groups_drawn": float(attempts.num_drawn),
+        "lab/sampling_exhausted": float(exhausted),
+    }
 
 
 def sft_metrics(*, loss: float, grad_norm: float, learning_rate: float) -> dict[str, float]:
@@ -145,6 +160,10 @@ def _length_metrics(lengths: Sequence[int], name: str) -> dict[str, float | None
 
 def _mean(values: Tensor) -> float:
     return float(torch.nanmean(values.double()))
+
+
+def _sum(one: float | None, other: float | None) -> float | None:
+    return None if one is None or other is None else one + other
 
 
 def _share(facts: Tensor) -> float:

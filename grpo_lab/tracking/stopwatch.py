@@ -19,9 +19,9 @@ class Stopwatch:
         self.seconds: dict[str, float] = {}
 
     def lap(self, phase: str) -> None:
-        """What passed since the last lap belongs to `phase`."""
+        """What passed since the last lap belongs to `phase`, which may come more than once."""
         now = time.perf_counter()
-        self.seconds[f"{phase}_seconds"] = now - self.last
+        self.seconds[f"{phase}_seconds"] = self.seconds.get(f"{phase}_seconds", 0.0) + now - self.last
         self.last = now
 
     def report(self, *, completions: int, tokens: int) -> dict[str, float]:

@@ -3,7 +3,13 @@ from inspect import unwrap
 import pytest
 import torch
 
-from grpo_lab.algorithm.advantages import group_advantages, has_signal, leave_one_out_advantages
+from grpo_lab.algorithm.advantages import (
+    batch_advantages,
+    group_advantages,
+    has_signal,
+    leave_one_out_advantages,
+    normalize_then_sum,
+)
 
 NAN = float("nan")
 
@@ -157,4 +163,82 @@ def test_advantages_equal_trls(scale):
 def test_an_unknown_scale_is_an_error():
     with pytest.raises(ValueError) as error:
         unwrap(group_advantages)(torch.tensor([[1.0, 0.0]]), scale="global")
-    assert str(error.value) == 'group_advantages: scale is "global"; use "group", "batch" or "none"'
+    assert str(error.value) == 'group_advantages: scale is "global"; use "group", "batch", "centred" or "none"'
+
+
+# --- centred and scaled over the step (REINFORCE++)
+
+
+def test_scaled_by_all_differences_by_hand():
+    rewards = torch.tensor([[1.0, 0.0], [10.0, 13.0]])  # differences .5, -.5, -1.5, 1.5; their std sqrt(5 / 3)
+    std = (5 / 3) ** 0.5
+    close(
+        group_advantages(rewards, scale="centred", eps=0.0),
+        [[0.5 / std, -0.5 / std], [-1.5 / std, 1.5 / std]],
+        rtol=1e-6,
+        atol=1e-6,
+    )
+
+
+def test_how_far_prompts_lie_apart_counts_for_the_scale_batch_and_not_for_centred():
+    rewards = torch.tensor([[1.0, 0.0], [1.0, 0.0]])
+    apart = rewards + torch.tensor([[0.0], [100.0]])
+    close(
+        group_advantages(rewards, scale="centred"),
+        group_advantages(apart, scale="centred").tolist(),
+        rtol=1e-4,
+        atol=1e-6,
+    )
+    assert group_advantages(apart, scale="batch").abs().max() < 0.02
+
+
+def test_the_steps_mean_as_baseline_by_hand():
+    rewards = torch.tensor([[1.0, 1.0], [0.0, NAN], [2.0, 0.0]])  # scored: mean .8, std sqrt(.7)
+    std = 0.7**0.5
+    expected = [[0.2 / std, 0.2 / std], [-0.8 / std, 0.0], [1.2 / std, -0.8 / std]]
+    close(batch_advantages(rewards, eps=0.0), expected, rtol=1e-6, atol=1e-6)
+    close(batch_advantages(rewards, scale="none"), [[0.2, 0.2], [-0.8, 0.0], [1.2, -0.8]])
+
+
+def test_a_step_of_equal_rewards_has_no_advantage_over_itself():
+    assert batch_advantages(torch.full((3, 8), 1.2)).eq(0).all()
+    assert group_advantages(torch.full((3, 8), 1.2), scale="centred").eq(0).all()
+
+
+def test_an_unknown_scale_of_the_steps_mean_is_an_error():
+    with pytest.raises(ValueError, match='batch_advantages: scale is "group"; use "batch" or "none"'):
+        unwrap(batch_advantages)(torch.tensor([[1.0, 0.0]]), scale="group")
+
+
+# --- GDPO
+
+
+def test_normalised_rewards_count_by_their_weights_and_not_by_their_spread():
+    right, length = torch.tensor([[1.0, 0.0, 0.0, 1.0]]), torch.tensor([[0.0, -900.0, 0.0, -900.0]])
+    a = 0.5 / (1 / 3) ** 0.5  # each has |difference| / std = .5 / sqrt(1/3)
+    close(normalize_then_sum([right, length], [1.0, 0.5], eps=0.0), [[1.5 * a, -1.5 * a, -0.5 * a, 0.5 * a]])
+
+
+def test_a_reward_that_is_equal_in_its_group_adds_exactly_nothing():
+    right = torch.tensor([[1.0, 0.0, 0.0, 1.0]])
+    alone = normalize_then_sum([right], [2.0])
+    assert torch.equal(normalize_then_sum([right, torch.full((1, 4), 1.2)], [2.0, 3.0]), alone)
+    assert not has_signal(normalize_then_sum([torch.full((1, 4), 1.2)] * 2, [1.0, 1.0])).any()
+
+
+def test_a_reward_that_does_not_apply_adds_nothing_and_where_none_applies_there_is_no_sum():
+    some = torch.tensor([[1.0, 0.0, NAN]])
+    other = torch.tensor([[NAN, 2.0, NAN]])
+    close(normalize_then_sum([some, other], [1.0, 1.0], eps=0.0), [[0.5**0.5, -(0.5**0.5), NAN]], equal_nan=True)
+
+
+def test_gdpo_advantages_equal_trls():
+    generator = torch.Generator().manual_seed(1)
+    terms = torch.randn(3, 4, 6, generator=generator, dtype=torch.float64)  # [terms, P, G]
+    weights = torch.tensor([1.0, 0.5, 2.0], dtype=torch.float64)
+    # GRPOTrainer of TRL 1.16.0, multi_objective_aggregation="normalize_then_sum"
+    normalised = (terms - terms.mean(2, keepdim=True)) / (terms.std(2, keepdim=True) + 1e-4)
+    summed = (normalised * weights[:, None, None]).sum(0)
+    expected = (summed - summed.mean()) / (summed.std() + 1e-4)
+    ours = normalize_then_sum(list(terms), weights.tolist())
+    torch.testing.assert_close(group_advantages(ours, scale="centred"), expected, rtol=1e-9, atol=1e-9)

@@ -9,8 +9,9 @@ from grpo_lab.algorithm.losses import (
     clipped_surrogate,
     clipped_tokens,
     importance_ratio,
+    plain_surrogate,
+    sampler_correction_weights,
     sapo_surrogate,
-    truncated_importance_weights,
 )
 
 CLIP = {"epsilon_low": 0.2, "epsilon_high": 0.2}
@@ -74,12 +75,12 @@ def test_the_sequence_ratio_spreads_its_gradient_evenly_over_the_completion():
 def test_an_unknown_ratio_level_is_an_error():
     with pytest.raises(ValueError) as error:
         unwrap(importance_ratio)(row(0.0), row(0.0), torch.tensor([[True]]), level="word")
-    assert str(error.value) == 'importance_ratio: level is "word"; use "token" or "sequence"'
+    assert str(error.value) == 'importance_ratio: level is "word"; use "token", "sequence" or "sequence_sum"'
 
 
-def test_truncated_importance_weights_are_capped_and_have_no_gradient():
+def test_truncated_sampler_weights_are_capped_and_have_no_gradient():
     old = row(0.5, 0.4, 0.1).log().requires_grad_()
-    weights = truncated_importance_weights(old, row(0.4, 0.1, 0.2).log(), cap=2.0)
+    weights = sampler_correction_weights(old, row(0.4, 0.1, 0.2).log(), torch.ones(1, 3, dtype=torch.bool), cap=2.0)
     torch.testing.assert_close(weights, row(1.25, 2.0, 0.5))
     assert not weights.requires_grad
 
@@ -193,3 +194,57 @@ def test_slopes_agree_with_finite_differences(ratio, advantage):
     ):
         above, below = surrogate(row(ratio + 1e-6), advantages), surrogate(row(ratio - 1e-6), advantages)
         assert slope(surrogate, ratio, advantage) == pytest.approx(((above - below) / 2e-6).item(), abs=1e-6)
+
+
+# --- whole completions
+
+
+def test_the_ratio_of_whole_completions_is_the_product_and_its_gradient_the_sum_over_tokens():
+    logps = row(0.6, 0.1, 0.9).log().requires_grad_()
+    mask = torch.tensor([[True, True, False]])
+    ratio = importance_ratio(logps, row(0.5, 0.2, 0.3).log(), mask, level="sequence_sum")
+    torch.testing.assert_close(ratio, row(0.6, 0.6, 0.6))  # 1.2 * .5
+    (gradient,) = torch.autograd.grad(ratio[0, 0], logps)
+    torch.testing.assert_close(gradient, row(0.6, 0.6, 0.0))
+
+
+def test_without_a_clip_the_slope_is_the_advantage_everywhere():
+    for ratio in (0.01, 1.0, 50.0):
+        assert slope(plain_surrogate, ratio, -0.7) == pytest.approx(-0.7)
+
+
+# --- samplers that are not quite the policy
+
+SAMPLED = {"old_logps": row(0.5, 0.4, 0.3).log(), "sampler_logps": row(0.4, 0.1, 0.3).log()}  # quotients 1.25, 4, 1
+
+
+@pytest.mark.parametrize(
+    "mode, level, cap, expected",
+    [
+        ("truncate", "token", 2.0, [1.25, 2.0, 1.0]),
+        ("mask", "token", 2.0, [1.25, 0.0, 1.0]),
+        ("mask", "token", 4.5, [1.25, 4.0, 1.0]),
+        ("truncate", "sequence", 3.0, [3.0, 3.0, 3.0]),
+        ("truncate", "sequence", 9.0, [5.0, 5.0, 5.0]),
+        ("mask", "sequence", 3.0, [0.0, 0.0, 0.0]),
+        ("mask", "sequence", 9.0, [5.0, 5.0, 5.0]),
+    ],
+)
+def test_sampler_weights_by_hand(mode, level, cap, expected):
+    mask = torch.ones(1, 3, dtype=torch.bool)
+    weights = sampler_correction_weights(**SAMPLED, mask=mask, mode=mode, level=level, cap=cap)
+    torch.testing.assert_close(weights, row(*expected))
+
+
+def test_what_stands_beyond_a_completion_does_not_change_its_sampler_weight():
+    mask = torch.tensor([[True, False, True]])
+    weights = sampler_correction_weights(**SAMPLED, mask=mask, level="sequence", cap=9.0)
+    torch.testing.assert_close(weights, row(1.25, 1.25, 1.25))
+
+
+@pytest.mark.parametrize(
+    "wrong, names", [({"mode": "clip"}, '"truncate" or "mask"'), ({"level": "word"}, '"token" or "sequence"')]
+)
+def test_an_unknown_sampler_correction_is_an_error(wrong, names):
+    with pytest.raises(ValueError, match=names):
+        unwrap(sampler_correction_weights)(**SAMPLED, mask=torch.ones(1, 3, dtype=torch.bool), cap=2.0, **wrong)

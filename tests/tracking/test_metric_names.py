@@ -1,10 +1,18 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
-from grpo_lab.tracking.metrics import DESCRIPTIONS, description, equal_groups, sft_metrics, step_metrics
-from grpo_lab.types import Completion, Example, Group, Scores, UpdateStats
+from grpo_lab.tracking.metrics import (
+    DESCRIPTIONS,
+    description,
+    equal_groups,
+    sampling_metrics,
+    sft_metrics,
+    step_metrics,
+)
+from grpo_lab.types import Attempts, Completion, Example, Group, Scores, UpdateStats
 
 NAN = float("nan")
 STATS = UpdateStats(
@@ -119,11 +127,25 @@ def test_groups_without_signal_are_split_into_high_and_low(total, high, low):
     assert (found[0].tolist(), found[1].tolist()) == (high, low)
 
 
+def test_dynamic_sampling_is_reported_only_where_it_is_on():
+    assert sampling_metrics(Attempts(limit=1, used=1, num_drawn=4, num_without_signal=2)) == {}
+    sufficed = sampling_metrics(Attempts(limit=3, used=3, num_drawn=9, num_without_signal=0))
+    assert sufficed == {"lab/sampling_attempts": 3, "lab/groups_drawn": 9, "lab/sampling_exhausted": 0}
+    assert sampling_metrics(Attempts(3, 3, 9, 1))["lab/sampling_exhausted"] == 1
+
+
+def test_a_surrogate_that_never_clips_has_no_clip_ratio():
+    stats = replace(STATS, clip_low=None, clip_high=None)
+    metrics = step_metrics([group((2, True), (3, False))], scores(torch.tensor([[1.0, 0.0]]), OK[:1]), stats)
+    assert not [name for name in metrics if name.startswith("clip_ratio")]
+
+
 def test_every_metric_has_a_description():
     groups = [group((2, True), (3, False))] * 2
     metrics = step_metrics(groups, scores(torch.tensor([[1.0, 0.0], [1.0, 1.0]]), OK), STATS)
     supervised = sft_metrics(loss=1.0, grad_norm=1.0, learning_rate=1.0)
-    described = {description(name) for name in [*metrics, *supervised]}
+    resampling = sampling_metrics(Attempts(limit=3, used=3, num_drawn=9, num_without_signal=1))
+    described = {description(name) for name in [*metrics, *supervised, *resampling]}
     assert described == set(DESCRIPTIONS.values())
     assert description("eval_rewards/my/odd.name/mean") == DESCRIPTIONS["rewards/<name>/mean"]
     assert description("sample_seconds") == "Wall-clock seconds of one phase of the step, for example sample_seconds."

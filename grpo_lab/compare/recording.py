@@ -1,0 +1,103 @@
+"""One recorded batch to put two computations side by side: uneven lengths, unequal rewards, a reference that is another policy."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from grpo_lab.batching import pad
+from grpo_lab.engines.readout import Rollouts
+from grpo_lab.policy.forward import completion_logps, frozen_copy
+from grpo_lab.recipe.schema import GrpoStage
+from grpo_lab.sampling.decoding import Decoding
+from grpo_lab.sampling.native import NativeSampler
+from grpo_lab.scoring import RewardSet
+from grpo_lab.seeds import derive_seed
+from grpo_lab.types import Completion, Example, Group, Policy, Scores
+
+REFERENCE_SPREAD = 0.2  # noise on every weight of the reference, as a share of the tensor's own std
+OLD_SPREAD = 0.3  # noise on every old log-prob, in nats: ratios from about 0.4 to 2.5
+REWARD_LEVELS = (0.0, 0.25, 0.5, 1.0)
+
+
+@dataclass(frozen=True)
+class Recording:
+    """Scored completions of a policy, and another policy as its reference. `invented_rewards`: see `scored`."""
+
+    reference: Policy
+    rollouts: Rollouts
+    invented_rewards: bool
+
+
+def record(
+    policy: Policy, examples: Sequence[Example], rewards: RewardSet, stage: GrpoStage, *, seed: int, off_policy: bool
+) -> Recording:
+    """Sample completions and score them; the reference is another policy, so that its KL is not 0.
+
+    `off_policy`: the old log-probs are drawn around the policy's own, so that ratios lie on both sides of any clip.
+    """
+    groups = uneven(policy, list(examples), stage, seed=seed)
+    scores, invented = scored(groups, rewards, seed=seed)
+    old_logps = None
+    if off_policy:
+        policy.model.eval()
+        own = completion_logps(policy, pad(groups, policy), temperature=stage.sampling.temperature).cpu()
+        generator = torch.Generator().manual_seed(derive_seed(seed, "old"))
+        old_logps = torch.where(own == 0, own, own + OLD_SPREAD * torch.randn(own.shape, generator=generator))
+    weights = tuple(term.weight for term in rewards.terms)
+    reference = perturbed(policy, derive_seed(seed, "reference"))
+    return Recording(reference, Rollouts(tuple(groups), scores, weights, old_logps), invented)
+
+
+def perturbed(policy: Policy, seed: int) -> Policy:
+    """Another policy near this one, frozen."""
+    other = frozen_copy(policy)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in other.model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator).to(parameter)
+            parameter += REFERENCE_SPREAD * parameter.std(correction=0) * noise
+    return other
+
+
+def uneven(policy: Policy, examples: list[Example], stage: GrpoStage, *, seed: int) -> list[Group]:
+    """G completions for each example, of lengths from 1 token to the limit, every second one ended by EOS.
+
+    They are sampled without an end and then cut to a planned length; every group has the same lengths in another order.
+    TRL divides a token-level loss by the mean token count of its mini-batches, we by each one's own: so they are equal.
+    """
+    endless = NativeSampler(replace(policy, eos_ids=()), Decoding.of(stage.sampling))
+    count, limit = stage.sampling.num_generations, stage.sampling.max_completion_length
+    lengths = torch.linspace(1, limit, count).round().long()
+    groups = endless.sample(examples, num_generations=count, seed=derive_seed(seed, "parity"))
+    return [
+        Group(
+            group.example,
+            tuple(
+                cut(completion, int(lengths[(row + shift) % count]), policy, ended=bool(row % 2))
+                for row, completion in enumerate(group.completions)
+            ),
+        )
+        for shift, group in enumerate(groups)
+    ]
+
+
+def cut(completion: Completion, length: int, policy: Policy, *, ended: bool) -> Completion:
+    """The first `length` tokens; the last of them is EOS if `ended`."""
+    ids = completion.token_ids[:length]
+    ids = (*ids[:-1], policy.eos_ids[0]) if ended else ids
+    return Completion(policy.tokenizer.decode(list(ids), skip_special_tokens=True), ids, ended)
+
+
+def scored(groups: list[Group], rewards: RewardSet, *, seed: int) -> tuple[Scores, bool]:
+    """The rewards of the recipe, or invented ones where those fail or are alike in every group (and True)."""
+    scores = rewards.score(groups)
+    spread = scores.total.amax(1) - scores.total.amin(1)
+    if bool((spread > 0).all()) and not any(term.isnan().any() for term in scores.terms.values()):
+        return scores, False
+    generator = torch.Generator().manual_seed(derive_seed(seed, "rewards"))
+    levels = torch.tensor(REWARD_LEVELS)
+    terms = {name: levels[torch.randint(len(levels), scores.total.shape, generator=generator)] for name in scores.terms}
+    total = sum((term.weight * terms[term.label] for term in rewards.terms), torch.zeros_like(scores.total))
+    ok = tuple(("ok",) * scores.total.shape[1] for _ in groups)
+    return Scores(total, terms, dict.fromkeys(terms, ok)), True

@@ -1,0 +1,285 @@
+"""What a GRPO stage means in TRL's words: every recipe key is passed on, used by a shared part, or refused.
+
+Imports no TRL, so that a recipe is checked without it. `arguments` is the map; the tables beside it say which key goes
+where, and `tests/engines/test_trl_config.py` walks the schema and fails on a key that none of them knows.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from grpo_lab.errors import SetupError
+from grpo_lab.recipe.schema import GrpoStage, Model
+from grpo_lab.seeds import derive_seed
+
+VERSION = "1.16.0"  # TRL's numbers move between minor versions
+INEXACT = "engine: trl draws from global random state, which is not a function of the step"
+
+# TRL's and transformers' own defaults that differ from what a recipe means, and everything this project does itself.
+FIXED: Mapping[str, Any] = {
+    "bf16": False,  # TRL's default is true, on CPUs too: log-probs off by .08. Weights have the recipe's dtype.
+    "fp16": False,
+    "disable_dropout": True,
+    "shuffle_dataset": False,  # prompts come in the order of the shared stream
+    "num_train_epochs": 1,
+    "dataloader_num_workers": 0,
+    "remove_unused_columns": False,
+    "use_vllm": False,
+    "repetition_penalty": 1.0,
+    "logging_strategy": "steps",
+    "logging_steps": 1,
+    "logging_nan_inf_filter": False,  # true would log a loss that is not a number as 0
+    "log_completions": False,  # rollouts go to our own sinks
+    "save_strategy": "no",  # a callback asks for checkpoints, at the end of a step only
+    "eval_strategy": "no",  # evaluation is the shared one
+    "report_to": "none",
+    "push_to_hub": False,
+    "disable_tqdm": True,
+}
+
+REDUCTIONS = {"sequence": "grpo", "token": "dapo", "constant": "dr_grpo"}
+OWN_REDUCTION = {"cispo": "token", "sapo": "sequence"}  # TRL's loss types for these fix it
+
+# recipe key -> the argument of GRPOConfig that it decides, alone or with others
+PASSED: Mapping[str, str] = {
+    "steps": "max_steps",
+    "prompts_per_step": "generation_batch_size",
+    "micro_batch_size": "per_device_train_batch_size",
+    "optimizer.learning_rate": "learning_rate",
+    "optimizer.max_grad_norm": "max_grad_norm",
+    "sampling.num_generations": "num_generations",
+    "sampling.max_completion_length": "max_completion_length",
+    "sampling.temperature": "temperature",
+    "sampling.top_p": "top_p",
+    "sampling.top_k": "top_k",
+    "sampling.min_p": "min_p",
+    "rewards.weight": "reward_weights",
+    "algorithm.reward_aggregation": "multi_objective_aggregation",
+    "algorithm.advantage_scale": "scale_rewards",
+    "algorithm.surrogate": "loss_type",
+    "algorithm.ratio_level": "importance_sampling_level",
+    "algorithm.epsilon_low": "epsilon",
+    "algorithm.epsilon_high": "epsilon_high",
+    "algorithm.delta": "delta",
+    "algorithm.sapo_temperature_pos": "sapo_temperature_pos",
+    "algorithm.sapo_temperature_neg": "sapo_temperature_neg",
+    "algorithm.reduction": "loss_type",
+    "algorithm.beta": "beta",
+    "algorithm.kl_bias_correction": "use_bias_correction_kl",
+    "algorithm.reference_refresh.every": "ref_model_sync_steps",
+    "algorithm.reference_refresh.alpha": "ref_model_mixup_alpha",
+    "algorithm.entropy_bonus": "entropy_coef",
+    "algorithm.top_entropy_quantile": "top_entropy_quantile",
+    "algorithm.mask_truncated_completions": "mask_truncated_completions",
+    "algorithm.num_iterations": "num_iterations",
+    "algorithm.num_minibatches": "gradient_accumulation_steps",
+    "model.gradient_checkpointing": "gradient_checkpointing",
+    "model.trust_remote_code": "trust_remote_code",
+}
+
+# recipe key, or a whole block of them -> the part of this project that uses it, the same one for both engines
+SHARED: Mapping[str, str] = {
+    "kind": "chooses the stage",
+    "engine": "chooses this engine",
+    "data": "the prompt stream",
+    "rewards": "RewardSet, which TRL asks through one function per term",
+    "max_failed_rewards": "check_budget",
+    "checkpoint": "asks TRL for checkpoints and keeps the newest",
+    "evaluation": "evaluate",
+    "sampling.backend": "auto is TRL's own generation; native and hf are this project's samplers, through rollout_func",
+    "sampling.max_rows": "the native and hf samplers",
+    "optimizer": "make_optimizer and learning_rate; TRL gets optimiser and schedule as objects",
+    "algorithm.preset": "fills the other keys when the recipe is read",
+    "algorithm.overlong_buffer": "GrpoStage.reward_terms: one more reward",
+    "algorithm.sampler_correction_level": "the schema: nothing without sampler_correction, which is refused",
+    "algorithm.sampler_correction_cap": "the schema: nothing without sampler_correction, which is refused",
+    "model": "load_policy; TRL gets the model as an object",
+}
+
+Refusal = tuple[Callable[[GrpoStage], bool], str]
+
+# recipe key -> when TRL cannot do what it asks for, and what to do instead
+REFUSED: Mapping[str, Refusal] = {
+    "sampling.max_rows": (
+        lambda stage: stage.sampling.max_rows is not None and stage.sampling.backend == "auto",
+        "TRL's own generation decodes all completions of a step at once; set sampling.backend: native, or leave it out",
+    ),
+    "algorithm.advantage_baseline": (
+        lambda stage: stage.algorithm.advantage_baseline != "group",
+        "GRPOTrainer compares a completion with its group's mean only; set group or engine: native",
+    ),
+    "algorithm.advantage_scale": (
+        lambda stage: (
+            (stage.algorithm.advantage_scale == "centred" and stage.algorithm.reward_aggregation == "sum")
+            or (stage.algorithm.advantage_scale in ("group", "none") and stage.algorithm.reward_aggregation != "sum")
+        ),
+        "TRL scales sums by group, batch or none, and normalised sums by centred or batch; choose one of those or "
+        "set engine: native",
+    ),
+    "algorithm.surrogate": (
+        lambda stage: stage.algorithm.surrogate == "none",
+        "TRL always bounds the ratio; set clipped or engine: native",
+    ),
+    "algorithm.reduction": (
+        lambda stage: (
+            OWN_REDUCTION.get(stage.algorithm.surrogate, stage.algorithm.reduction) != stage.algorithm.reduction
+        ),
+        "TRL's cispo counts every token the same, its sapo every completion; set reduction: token for cispo, "
+        "sequence for sapo, or engine: native",
+    ),
+    "algorithm.ratio_level": (
+        lambda stage: stage.algorithm.ratio_level == "sequence_sum",
+        "GRPOTrainer has ratios per token and their geometric mean; set token or sequence, or engine: native",
+    ),
+    "algorithm.kl_estimator": (
+        lambda stage: stage.algorithm.beta > 0 and stage.algorithm.kl_estimator != "k3",
+        "TRL has the k3 estimator only; set k3 or engine: native",
+    ),
+    "algorithm.kl_placement": (
+        lambda stage: stage.algorithm.beta > 0 and stage.algorithm.kl_placement != "loss",
+        "GRPOTrainer adds the KL to the loss; set loss or engine: native",
+    ),
+    "algorithm.sampling_attempts": (
+        lambda stage: stage.algorithm.sampling_attempts > 1,
+        "TRL cannot sample groups without signal again; set 1 or engine: native",
+    ),
+    "algorithm.sampler_correction": (
+        lambda stage: stage.algorithm.sampler_correction != "none",
+        "TRL corrects for vLLM's distribution only; sample untruncated (top_p 1, no top_k, min_p 0) or set engine: native",
+    ),
+}
+
+
+def unsupported(stage: GrpoStage) -> list[tuple[tuple[str, ...], str]]:
+    """What TRL cannot do of a stage: each key's place inside the stage, and a message with the remedy."""
+    return [
+        (tuple(key.split(".")), f'engine "trl": {message}')
+        for key, (is_refused, message) in REFUSED.items()
+        if is_refused(stage)
+    ]
+
+
+def require_trl() -> None:
+    """Refuse to go on without the one TRL version whose behaviour is known here.
+
+    Raises:
+        SetupError: another version is installed, or none.
+    """
+    try:
+        found = version("trl")
+    except PackageNotFoundError:
+        found = "none"
+    if found != VERSION:
+        raise SetupError(f'engine "trl" needs trl {VERSION}, found {found}; pip install trl=={VERSION}')
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """One step in TRL's counting, which is in completions."""
+
+    completions: int
+    """N = P*G: what TRL samples at once (its generation batch, always whole groups)."""
+    rows_at_once: int
+    """Completions of one forward and backward pass."""
+    accumulation: int
+    """Passes of one optimiser step."""
+    updates: int
+    """Optimiser steps of one step of ours: num_iterations * num_minibatches."""
+
+    @property
+    def passes(self) -> int:
+        """Forward and backward passes over the batch in one iteration (TRL: steps_per_generation)."""
+        return self.completions // self.rows_at_once
+
+
+def sizes(stage: GrpoStage) -> Sizes:
+    """TRL cuts an optimiser step into equal parts: the largest divisor of its rows that micro_batch_size allows.
+
+    >>> base = {"kind": "grpo", "data": {"source": "task", "path": "addition", "prompt": "prompt"}, "steps": 1}
+    >>> base |= {"optimizer": {"learning_rate": 1e-3}, "rewards": [{"name": "accuracy"}], "prompts_per_step": 4}
+    >>> base |= {"sampling": {"num_generations": 3, "max_completion_length": 8}, "micro_batch_size": 5}
+    >>> sizes(GrpoStage(**base))
+    Sizes(completions=12, rows_at_once=4, accumulation=3, updates=1)
+    """
+    algorithm = stage.algorithm
+    completions = stage.prompts_per_step * stage.sampling.num_generations
+    rows = completions // algorithm.num_minibatches
+    most = min(stage.micro_batch_size or rows, rows)
+    at_once = next(size for size in range(most, 0, -1) if rows % size == 0)
+    return Sizes(completions, at_once, rows // at_once, algorithm.num_iterations * algorithm.num_minibatches)
+
+
+def arguments(stage: GrpoStage, model: Model, *, seed: int) -> dict[str, Any]:
+    """The arguments of GRPOConfig, all but the folder and the device. `seed` is the stage's own."""
+    size, sampling, algorithm = sizes(stage), stage.sampling, stage.algorithm
+    return {
+        **FIXED,
+        "seed": derive_seed(seed, "trl") % 2**32,
+        "max_steps": stage.steps * size.updates,
+        "generation_batch_size": size.completions,
+        "per_device_train_batch_size": size.rows_at_once,
+        "gradient_accumulation_steps": size.accumulation,
+        "learning_rate": stage.optimizer.learning_rate,
+        "max_grad_norm": stage.optimizer.max_grad_norm or 0.0,  # 0 = never clipped, still measured
+        "gradient_checkpointing": model.gradient_checkpointing,
+        "gradient_checkpointing_kwargs": {"use_reentrant": False},
+        "trust_remote_code": model.trust_remote_code,
+        "num_generations": sampling.num_generations,
+        "max_completion_length": sampling.max_completion_length,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k or 0,
+        "min_p": sampling.min_p or None,
+        "reward_weights": [term.weight for term in stage.reward_terms],
+        **_loss_arguments(stage),
+        "num_iterations": algorithm.num_iterations,
+    }
+
+
+def _loss_arguments(stage: GrpoStage) -> dict[str, Any]:
+    algorithm, normalised = stage.algorithm, stage.algorithm.reward_aggregation == "normalize_then_sum"
+    surrogate, refresh = algorithm.surrogate, algorithm.reference_refresh
+    return {
+        "loss_type": surrogate if surrogate in OWN_REDUCTION else REDUCTIONS[algorithm.reduction],
+        "multi_objective_aggregation": "normalize_then_sum" if normalised else "sum_then_normalize",
+        # normalised sums have mean 0 in every group, and TRL always scales them by their std over the step
+        "scale_rewards": "batch" if normalised else algorithm.advantage_scale,
+        "importance_sampling_level": algorithm.ratio_level,
+        "epsilon": algorithm.epsilon_low,
+        "epsilon_high": algorithm.epsilon_high,
+        "delta": algorithm.delta,
+        "sapo_temperature_pos": algorithm.sapo_temperature_pos,
+        "sapo_temperature_neg": algorithm.sapo_temperature_neg,
+        "beta": algorithm.beta,
+        "use_bias_correction_kl": algorithm.kl_bias_correction,
+        "mask_truncated_completions": algorithm.mask_truncated_completions,
+        "top_entropy_quantile": algorithm.top_entropy_quantile,
+        "entropy_coef": algorithm.entropy_bonus,
+        "sync_ref_model": refresh is not None,
+        "ref_model_sync_steps": refresh.every * sizes(stage).updates if refresh else 1,
+        "ref_model_mixup_alpha": refresh.alpha if refresh else 1.0,
+    }
+
+
+def differences(stage: GrpoStage) -> list[str]:
+    """What the two engines realise differently for this stage, in words; `compare` prints it."""
+    size, algorithm = sizes(stage), stage.algorithm
+    found = [
+        "a completion that could not be scored has advantage 0 in TRL and stays in the loss's denominators and KL; "
+        "the native engine leaves it out",
+        "TRL's kl, entropy and clip ratios are means over micro-batches, the native engine's are means over all tokens",
+        "a group of equal rewards has exactly 0 advantage in the native engine, in TRL what rounding leaves",
+        "TRL passes no position ids: with absolute position embeddings left padding changes its log-probs",
+    ]
+    if algorithm.num_minibatches > 1:
+        found.append("TRL's mini-batches are random rows of the step, the native engine's are whole groups")
+        if algorithm.reduction == "token":
+            found.append("TRL divides a mini-batch by the step's mean token count per mini-batch, not by its own")
+    if algorithm.top_entropy_quantile < 1:
+        found.append("TRL takes the entropy quantile per micro-batch and under the current policy, not over the step")
+    if algorithm.entropy_bonus > 0 and size.accumulation > 1:
+        found.append("TRL's entropy bonus is a mean of micro-batch means")
+    if stage.micro_batch_size is not None and size.rows_at_once != min(stage.micro_batch_size, size.completions):
+        found.append(f"TRL needs equal micro-batches: {size.rows_at_once} rows instead of {stage.micro_batch_size}")
+    return found
