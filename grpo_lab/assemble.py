@@ -20,6 +20,7 @@ from grpo_lab.data.examples import (
 from grpo_lab.data.sources import Rows, load_rows
 from grpo_lab.data.stream import PromptStream, Stream
 from grpo_lab.data.tokenizer import build_tokenizer
+from grpo_lab.engines.trl_config import require_trl, unsupported
 from grpo_lab.errors import RecipeError
 from grpo_lab.policy.load import context_length, eos_ids, generation_config, load_tokenizer, model_config
 from grpo_lab.recipe import LoadedRecipe, Recipe, SourceMap
@@ -172,6 +173,10 @@ class Builder:
         return rows
 
     def _grpo(self, name: str, stage: GrpoStage, loc: Loc) -> GrpoPlan:
+        if stage.engine == "trl":
+            require_trl()
+            for key, problem in unsupported(stage):
+                self.found.add((*loc, *key), problem)
         examples = self._examples(stage, stage.data, loc)
         held_out: Sequence[Example] = ()
         terms = [*stage.reward_terms]
@@ -189,7 +194,9 @@ class Builder:
                     message = "the chat template already writes <think> in the prompt; set options: {prefilled: true}"
                     self.found.add((*loc, "rewards", index), message)
         stream = PromptStream(examples, stage.prompts_per_step, seed=derive_seed(self.recipe.seed, name, "order"))
-        return GrpoPlan(name, stage, stream, bind(stage.reward_terms, self.registry), held_out, bind(terms, self.registry))
+        return GrpoPlan(
+            name, stage, stream, bind(stage.reward_terms, self.registry), held_out, bind(terms, self.registry)
+        )
 
     def _examples(self, stage: GrpoStage, data: Data, loc: Loc) -> Sequence[Example] | Stream[Example]:
         examples = prompt_examples(data, self.rows[loc], self.tokenizer)
