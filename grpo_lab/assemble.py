@@ -20,6 +20,7 @@ from grpo_lab.data.examples import (
 from grpo_lab.data.sources import Rows, load_rows
 from grpo_lab.data.stream import Mapped, PromptStream, Stream
 from grpo_lab.data.tokenizer import build_tokenizer
+from grpo_lab.engines.trl_config import require_trl, unsupported
 from grpo_lab.errors import RecipeError
 from grpo_lab.policy.load import context_length, eos_ids, generation_config, load_tokenizer, model_config
 from grpo_lab.recipe import LoadedRecipe, Recipe, SourceMap
@@ -176,6 +177,10 @@ class Builder:
         return rows
 
     def _grpo(self, name: str, stage: GrpoStage, loc: Loc) -> GrpoPlan | None:
+        if stage.engine == "trl":
+            require_trl()
+            for key, problem in unsupported(stage):
+                self.found.add((*loc, *key), problem)
         examples = self._examples(stage, stage.data, loc)
         held_out: Sequence[Example] = ()
         terms = [*stage.reward_terms]

@@ -199,9 +199,9 @@ class Follower(TrainerCallback):
             return
         self.logs.append(logs)
         if state.global_step % self.updates == 0:
-            self._report(kwargs["model"])
+            self._report()
 
-    def _report(self, network: nn.Module) -> None:
+    def _report(self) -> None:
         rollouts, stage = self.rollouts, self.parts.stage
         assert rollouts.scores is not None
         rollouts.clock.lap("learn")
@@ -210,7 +210,6 @@ class Follower(TrainerCallback):
         metrics = step_metrics(rollouts.groups, rollouts.scores, statistics(self.logs, self.guard.skipped))
         end = StepEnd(self.parts.name, self.step + 1, stage.steps, metrics, timing, rollouts.groups, rollouts.scores)
         self.report(end)
-        network.train()  # an evaluation clears the flag by which TRL tells training from evaluation
 
 
 def statistics(logs: list[dict[str, float]], skipped: int) -> UpdateStats:

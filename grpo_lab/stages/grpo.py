@@ -17,6 +17,11 @@ from grpo_lab.types import Callback, Policy, StepEnd
 
 def run_grpo(context: Context, plan: GrpoPlan) -> None:
     """Train the stage from where it stands to its end, and leave its final model."""
+    if plan.stage.engine == "trl":
+        from grpo_lab.stages.grpo_trl import run_grpo_trl  # seconds of import, needed only here
+
+        run_grpo_trl(context, plan)
+        return
     stage, recipe = plan.stage, context.recipe
     policy = load_policy(recipe.model, context.tokenizer, seed=recipe.seed, folder=context.start)
     reference = frozen_copy(policy) if stage.algorithm.beta > 0 else None  # before resume: as the stage began

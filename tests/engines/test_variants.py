@@ -206,6 +206,34 @@ def test_clipped_tokens_are_counted_where_there_is_a_clip():
         assert "clip_low" not in hand_loss(preset=name, beta=0.0)[1]
 
 
+@pytest.mark.parametrize(
+    "minibatches, kept, weight",  # entropies 1 to 8; a half of them, of the whole step or of each mini-batch
+    [
+        (1, [[False, False], [False, False], [True, True], [True, True]], 1 / 4),
+        (2, [[False, False], [True, True], [False, False], [True, True]], 1 / 2),
+    ],
+)
+def test_the_quantile_and_the_mean_are_those_of_an_optimiser_step(minibatches, kept, weight):
+    setting = stage(
+        prompts=2,
+        beta=0.0,
+        top_entropy_quantile=0.5,
+        entropy_bonus=0.1,
+        num_minibatches=minibatches,
+        micro_batch_size=1,
+    )
+    ids, prompt = torch.zeros(4, 2, dtype=torch.long), torch.zeros(2, 1, dtype=torch.long)
+    mask = torch.ones(4, 2, dtype=torch.bool)
+    batch = Batch(prompt, mask[:2, :1], torch.tensor([0, 0, 1, 1]), ids, mask)
+    batch = dataclasses.replace(batch, old_entropy=torch.arange(1.0, 9.0).reshape(4, 2))
+    out = with_advantages(batch, scores([[1.0, 0.0], [1.0, 0.0]]), setting)
+    assert out.policy_mask.tolist() == kept
+    assert out.entropy_weights[out.policy_mask].unique().tolist() == [weight]
+    assert out.entropy_weights.sum() == minibatches
+    assert torch.equal(out.rows(1, 3).policy_mask, out.policy_mask[1:3])
+    assert torch.equal(out.rows(1, 3).entropy_weights, out.entropy_weights[1:3])
+
+
 def test_an_entropy_bonus_without_the_entropys_gradient_is_an_error():
     setting = stage(beta=0.0, entropy_bonus=0.1)
     out = LogpsAndEntropy(NEW.clone().requires_grad_(), ENTROPY)
