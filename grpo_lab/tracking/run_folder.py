@@ -137,7 +137,7 @@ class RunFolder:
         return found
 
     def refuse_changes(self, *, resolved_text: str, plugins: Sequence[Path], hashes: Mapping[str, Any]) -> None:
-        """Refuse to go on with another recipe or other sources than the run began with.
+        """Refuse to go on with another recipe or other sources than the run began with; where it lies does not matter.
 
         Args:
             hashes: computed now, as `facts["hashes"]` were when the run was made.
@@ -146,9 +146,9 @@ class RunFolder:
             CheckpointError: with the lines of the recipe and the sources that differ.
         """
         before = (self.path / RESOLVED).read_text(encoding="utf-8").splitlines()
-        diff = difflib.unified_diff(
-            before, resolved_text.splitlines(), "the run's recipe", "the recipe now", lineterm=""
-        )
+        now = resolved_text.splitlines()
+        old_text, new_text = ([line for line in text if not line.startswith("output_dir:")] for text in (before, now))
+        diff = difflib.unified_diff(old_text, new_text, "the run's recipe", "the recipe now", lineterm="")
         old = {key: value for key, value in self.info()["hashes"].items() if key not in (RECIPE, RESOLVED)}
         changes = [*diff, *differences(old, {PLUGINS: _plugin_hashes(plugins), **hashes})]
         if changes:

@@ -1,6 +1,6 @@
 import pytest
 
-from grpo_lab.stages.advice import ADVICE, Advice
+from grpo_lab.stages.advice import ADVICE, AT_ONCE, Advice
 from grpo_lab.tracking.sinks import Sinks
 from grpo_lab.types import StepEnd
 
@@ -32,11 +32,16 @@ def advise(*values: float, metric: str = "frac_reward_zero_std") -> list[tuple]:
     return heard.events
 
 
-@pytest.mark.parametrize("metric", list(ADVICE))
+@pytest.mark.parametrize("metric", [metric for metric in ADVICE if metric not in AT_ONCE])
 def test_ten_steps_in_a_row_are_advised_about_once(metric):
     ((stage, step, kind, message, data),) = advise(*[1.0] * 25, metric=metric)
     assert (stage, step, kind, data) == ("grpo", 10, "advice", {"metric": metric})
     assert message == f"10 steps in a row: {ADVICE[metric]}"
+
+
+def test_what_was_asked_for_and_cannot_be_had_is_said_at_once():
+    ((_, step, _, message, _),) = advise(*[1.0] * 25, metric="lab/sampling_exhausted")
+    assert (step, message) == (1, ADVICE["lab/sampling_exhausted"])
 
 
 def test_one_step_that_teaches_starts_the_count_again():
