@@ -62,9 +62,7 @@ def run_sft(context: Context, plan: SftPlan) -> None:
 
 def training_batch(rows: Sequence[TrainingRow], policy: Policy) -> Batch:
     """Rows as a padded batch whose loss weights share the loss equally among all learned tokens."""
-    batch = pad_rows(
-        [row.prompt_ids for row in rows], range(len(rows)), [row.completion_ids for row in rows], policy
-    )
+    batch = pad_rows([row.prompt_ids for row in rows], range(len(rows)), [row.completion_ids for row in rows], policy)
     learned = pad_right([row.learn for row in rows], False, torch.bool).to(batch.completion_mask.device)
     weights = token_weights(learned, reduction="token", max_completion_length=learned.shape[1])
     return replace(batch, loss_weights=weights)
