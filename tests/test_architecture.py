@@ -2,9 +2,9 @@
 
 import ast
 import os
+import resource
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -166,13 +166,14 @@ def test_help_and_listing_recipes_run_without_anything_heavy(arguments):
 
 
 def test_help_answers_at_once():
-    """0.3 s is the aim; twice that is let pass, for busy machines."""
+    """0.3 s is the aim; twice that is let pass. CPU time: a busy machine makes everything late, not only this."""
     seconds = []
     for _ in range(5):
-        start = time.perf_counter()
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         python("-c", "import sys; sys.argv = ['grpo-lab', '--help']; from grpo_lab.cli import main; main()")
-        seconds.append(time.perf_counter() - start)
-        if min(seconds) < 0.3:
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+        if seconds[-1] < 0.3:
             break
     print(f"grpo-lab --help took {min(seconds):.2f} s")  # noqa: T201 - shown when it fails, and with -s
     assert min(seconds) < 0.6
