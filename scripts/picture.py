@@ -1,6 +1,6 @@
 """Draws the README's picture of runs: training accuracy by step and held-out accuracy before and after, as SVG.
 
-Run by hand: `.venv/bin/python scripts/picture.py runs/quickstart runs/quickstart-1 --to recipes/quickstart.svg`.
+Run by hand: `.venv/bin/python scripts/picture.py runs/quickstart runs/quickstart-1 --to scripts/quickstart.svg`.
 """
 
 import argparse
