@@ -31,7 +31,7 @@ HEAVY = ("torch", "transformers", "trl", "datasets", "accelerate", "wandb", "mat
 
 MAX_FILE_LINES = 350
 MAX_FUNCTION_LINES = 60
-LONGER_FILES = {"recipe/schema.py": 450}  # every key of a recipe with its docstring, on purpose in one file
+LONGER_FILES = {"recipe/schema.py": 600}  # every key of a recipe with its docstring, on purpose in one file
 
 
 def imports(source: str, module: str) -> Iterator[str]:
