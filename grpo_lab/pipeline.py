@@ -75,8 +75,9 @@ def _run_stages(plan: Plan, run: RunFolder, files: JsonlSink, sinks: Sinks, stop
             verify_folder(folder.final)
             sinks.event(stage.name, stage.stage.steps, "info", "finished before, skipped", {})
         else:
-            if isinstance(stage, GrpoPlan) and stage.stage.engine == "trl":
-                run.mark_inexact(INEXACT)
+            if isinstance(stage, GrpoPlan):
+                for reason in [*([INEXACT] if stage.stage.engine == "trl" else []), *stage.rewards.inexact_because()]:
+                    run.mark_inexact(reason)
             context = Context(plan.recipe, plan.tokenizer, folder, start, files, sinks, stop)
             if isinstance(stage, SftPlan):
                 run_sft(context, stage)

@@ -52,6 +52,17 @@ class Group:
     completions: tuple[Completion, ...]
 
 
+class Progress(NamedTuple):
+    """Where a stage stands: `step` of `num_steps` steps are done, each of `updates` optimiser steps."""
+
+    step: int
+    num_steps: int
+    updates: int = 1
+
+
+FINISHED = Progress(1, 1)
+
+
 @dataclass(frozen=True)
 class Scores:
     """Rewards of P groups.
@@ -60,12 +71,17 @@ class Scores:
     "timeout", "bad_type", "non_finite", "crashed").
     nan in `total`: not scored, so out of the group's mean and std and out of the loss weights.
     `reasons` holds the first message of each failure, by term, for people.
+    `weights` are what the terms were multiplied by. `extra` (by group, then completion) and `logged` are what rewards
+    wrote down beside their values, through TRL's `log_extra` and `log_metric`.
     """
 
     total: Float[Tensor, "P G"]
     terms: Mapping[str, Float[Tensor, "P G"]]
     status: Mapping[str, tuple[tuple[str, ...], ...]]
     reasons: Mapping[str, str] = field(default_factory=dict)
+    weights: Mapping[str, float] = field(default_factory=dict)
+    extra: Mapping[str, tuple[tuple[Any, ...], ...]] = field(default_factory=dict)
+    logged: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

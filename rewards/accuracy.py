@@ -24,7 +24,7 @@ _SUSPECT = (
 )
 
 
-@reward
+@reward(range=(0.0, 1.0))
 def accuracy(
     completion: Completion,
     *,

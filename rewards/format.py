@@ -8,7 +8,7 @@ from grpo_lab.text import boxed, hash_answer, parse_number
 from grpo_lab.types import Completion
 
 
-@reward
+@reward(range=(0.0, 1.0))
 def format(  # noqa: A001 - the file's name is the reward's name
     completion: Completion,
     *,

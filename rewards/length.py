@@ -6,7 +6,7 @@ from grpo_lab.scoring import reward
 from grpo_lab.types import Completion
 
 
-@reward
+@reward(range=(float("-inf"), 0.0))
 def length(
     completion: Completion,
     *,

@@ -4,7 +4,7 @@ from grpo_lab.scoring import reward
 from grpo_lab.types import Completion
 
 
-@reward
+@reward(range=(-1.0, 0.0))
 def overlong(completion: Completion, *, max_length: int | None = None, buffer: int | None = None) -> float:
     """Soft overlong penalty: 0 up to max_length - buffer tokens, then falling in a line to -1 at max_length.
 

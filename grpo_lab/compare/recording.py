@@ -44,7 +44,7 @@ def record(
         own = completion_logps(policy, pad(groups, policy), temperature=stage.sampling.temperature).cpu()
         generator = torch.Generator().manual_seed(derive_seed(seed, "old"))
         old_logps = torch.where(own == 0, own, own + OLD_SPREAD * torch.randn(own.shape, generator=generator))
-    weights = tuple(term.weight for term in rewards.terms)
+    weights = tuple(term.weight_at() for term in rewards.terms)
     reference = perturbed(policy, derive_seed(seed, "reference"))
     return Recording(reference, Rollouts(tuple(groups), scores, weights, old_logps), invented)
 
@@ -98,6 +98,6 @@ def scored(groups: list[Group], rewards: RewardSet, *, seed: int) -> tuple[Score
     generator = torch.Generator().manual_seed(derive_seed(seed, "rewards"))
     levels = torch.tensor(REWARD_LEVELS)
     terms = {name: levels[torch.randint(len(levels), scores.total.shape, generator=generator)] for name in scores.terms}
-    total = sum((term.weight * terms[term.label] for term in rewards.terms), torch.zeros_like(scores.total))
+    total = sum((scores.weights[name] * values for name, values in terms.items()), torch.zeros_like(scores.total))
     ok = tuple(("ok",) * scores.total.shape[1] for _ in groups)
-    return Scores(total, terms, dict.fromkeys(terms, ok)), True
+    return replace(scores, total=total, terms=terms, status=dict.fromkeys(terms, ok)), True

@@ -17,7 +17,7 @@ from grpo_lab.policy.forward import learn_without_dropout
 from grpo_lab.recipe.schema import GrpoStage
 from grpo_lab.scoring import RewardSet
 from grpo_lab.seeds import derive_seed
-from grpo_lab.types import Batch, Example, Policy, Scores
+from grpo_lab.types import Batch, Example, Policy
 
 EXTRA_COLUMNS = 7
 Result = tuple[float, dict[str, Tensor]]
@@ -128,7 +128,12 @@ def reordered(rollouts: Rollouts, order: list[tuple[int, list[int]]]) -> Rollout
             replace(rollouts.groups[p], completions=tuple(rollouts.groups[p].completions[g] for g in rows))
             for p, rows in order
         ),
-        Scores(moved(scores.total), {name: moved(term) for name, term in scores.terms.items()}, status),
+        replace(
+            scores,
+            total=moved(scores.total),
+            terms={name: moved(term) for name, term in scores.terms.items()},
+            status=status,
+        ),
         rollouts.reward_weights,
         None if rollouts.old_logps is None else rollouts.old_logps[flat],
     )

@@ -16,7 +16,7 @@ from grpo_lab.engines.update import update
 from grpo_lab.policy.forward import learn_without_dropout
 from grpo_lab.recipe.schema import GrpoStage
 from grpo_lab.sampling.decoding import Sampler
-from grpo_lab.scoring import RewardSet, check_budget
+from grpo_lab.scoring import RewardSet, before_step, check_budget
 from grpo_lab.seeds import derive_seed
 from grpo_lab.tracking.metrics import sampling_metrics, step_metrics
 from grpo_lab.tracking.stopwatch import Stopwatch
@@ -73,14 +73,15 @@ def collect(parts: Parts, step: int, clock: Stopwatch) -> Collected:
     step, attempt).
     """
     stage, num_groups = parts.stage, parts.stage.prompts_per_step
-    groups, scores = _draw(parts, parts.prompts.at(step), derive_seed(parts.seed, parts.name, "sampling", step), clock)
+    seed = derive_seed(parts.seed, parts.name, "sampling", step)
+    groups, scores = _draw(parts, parts.prompts.at(step), seed, step, clock)
     teaches = has_signal(compared_rewards(scores, stage)).tolist()
     num_drawn, attempt = num_groups, 1
     while attempt < stage.algorithm.sampling_attempts and not all(teaches):
         places = [place for place, has in enumerate(teaches) if not has]
         seed = derive_seed(parts.seed, parts.name, "resampling", step, attempt)
         examples = parts.prompts.others(step, attempt)[: len(places)]
-        other_groups, other_scores = _draw(parts, examples, seed, clock)
+        other_groups, other_scores = _draw(parts, examples, seed, step, clock)
         useful = has_signal(compared_rewards(other_scores, stage)).tolist()
         swaps = {place: index for index, place in enumerate(places) if useful[index]}
         groups = [other_groups[swaps[place]] if place in swaps else group for place, group in enumerate(groups)]
@@ -91,10 +92,10 @@ def collect(parts: Parts, step: int, clock: Stopwatch) -> Collected:
     return Collected(groups, scores, Attempts(limit, attempt, num_drawn, num_groups - sum(teaches)))
 
 
-def _draw(parts: Parts, examples: list[Example], seed: int, clock: Stopwatch) -> tuple[list[Group], Scores]:
+def _draw(parts: Parts, examples: list[Example], seed: int, step: int, clock: Stopwatch) -> tuple[list[Group], Scores]:
     groups = parts.sampler.sample(examples, num_generations=parts.stage.sampling.num_generations, seed=seed)
     clock.lap("sample")
-    scores = parts.rewards.score(groups)
+    scores = parts.rewards.score(groups, before_step(parts.stage, step))
     check_budget(scores, groups, max_failed=parts.stage.max_failed_rewards, folder=parts.folder)
     clock.lap("score")
     return groups, scores
@@ -117,4 +118,13 @@ def replaced(scores: Scores, others: Scores, swaps: Mapping[int, int]) -> Scores
             for name, rows in scores.status.items()
         },
         reasons={**others.reasons, **scores.reasons},
+        weights=scores.weights,
+        extra={
+            column: tuple(
+                others.extra.get(column, scores.extra[column])[swaps[place]] if place in swaps else row
+                for place, row in enumerate(rows)
+            )
+            for column, rows in scores.extra.items()
+        },
+        logged={name: (*scores.logged[name], *others.logged.get(name, ())) for name in scores.logged},
     )

@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from grpo_lab.errors import SetupError
-from grpo_lab.recipe.schema import GrpoStage, Model
+from grpo_lab.recipe.schema import GrpoStage, Model, WeightSchedule
 from grpo_lab.seeds import derive_seed
 
 VERSION = "1.16.0"  # TRL's numbers move between minor versions
@@ -101,6 +101,11 @@ Refusal = tuple[Callable[[GrpoStage], bool], str]
 
 # recipe key -> when TRL cannot do what it asks for, and what to do instead
 REFUSED: Mapping[str, Refusal] = {
+    "rewards.weight": (
+        lambda stage: stage.algorithm.reward_aggregation != "sum" and bool(scheduled(stage)),
+        "TRL normalises each reward before it weighs it, with weights that never change; set reward_aggregation: sum, a "
+        "number for the weight, or engine: native",
+    ),
     "sampling.max_rows": (
         lambda stage: stage.sampling.max_rows is not None and stage.sampling.backend == "auto",
         "TRL's own generation decodes all completions of a step at once; set sampling.backend: native, or leave it out",
@@ -158,6 +163,11 @@ def unsupported(stage: GrpoStage) -> list[tuple[tuple[str, ...], str]]:
         for key, (is_refused, message) in REFUSED.items()
         if is_refused(stage)
     ]
+
+
+def scheduled(stage: GrpoStage) -> frozenset[str]:
+    """The terms whose weight follows a schedule: their functions multiply it in, and TRL's own weight is 1."""
+    return frozenset(term.key for term in stage.reward_terms if isinstance(term.weight, WeightSchedule))
 
 
 def require_trl() -> None:
@@ -231,7 +241,9 @@ def arguments(stage: GrpoStage, model: Model, *, seed: int) -> dict[str, Any]:
         "top_p": sampling.top_p,
         "top_k": sampling.top_k or 0,
         "min_p": sampling.min_p or None,
-        "reward_weights": [term.weight for term in stage.reward_terms],
+        "reward_weights": [
+            1.0 if isinstance(term.weight, WeightSchedule) else term.weight for term in stage.reward_terms
+        ],
         **_loss_arguments(stage),
         "num_iterations": algorithm.num_iterations,
     }

@@ -9,10 +9,11 @@ from typing import Any
 from datasets import Dataset
 
 from grpo_lab.data.stream import PromptStream
+from grpo_lab.engines.trl_config import scheduled
 from grpo_lab.errors import RecipeError
 from grpo_lab.recipe.schema import GrpoStage
 from grpo_lab.sampling.decoding import Sampler
-from grpo_lab.scoring import RewardSet, check_budget
+from grpo_lab.scoring import RewardSet, before_step, check_budget
 from grpo_lab.seeds import derive_seed
 from grpo_lab.tracking.stopwatch import Stopwatch
 from grpo_lab.types import Completion, Example, Group, Policy, Scores
@@ -110,11 +111,14 @@ class Rollouts:
         return [self._reward_function(name) for name in self.parts.rewards.names]
 
     def _reward_function(self, name: str) -> RewardFunction:
+        is_scheduled = name in scheduled(self.parts.stage)  # TRL then has weight 1, as its weights cannot change
+
         def reward(completion_ids: Sequence[Sequence[int]], position: Sequence[int], **_: Any) -> list[float | None]:
             scores = self._score(completion_ids, position)
+            factor = scores.weights[name] if is_scheduled else 1.0
             values = zip(scores.terms[name].flatten().tolist(), scores.total.flatten().tolist(), strict=True)
             # a completion without a total has no term either, and nan is no value
-            return [value if value == value and total == total else None for value, total in values]
+            return [factor * value if value == value and total == total else None for value, total in values]
 
         reward.__name__ = name
         return reward
@@ -126,7 +130,8 @@ class Rollouts:
         self.groups = self._drawn or self._group(completion_ids, position)
         self._drawn, self._scored_ids = [], completion_ids
         self.clock.lap("learn" if "sample_seconds" in self.clock.seconds else "sample")
-        self.scores = parts.rewards.score(self.groups)
+        step = position[0] // parts.stage.prompts_per_step
+        self.scores = parts.rewards.score(self.groups, before_step(parts.stage, step))
         check_budget(self.scores, self.groups, max_failed=parts.stage.max_failed_rewards, folder=parts.folder)
         self.clock.lap("score")
         return self.scores

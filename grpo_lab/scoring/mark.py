@@ -3,11 +3,14 @@
 import asyncio
 import hashlib
 import inspect
+import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from inspect import Parameter
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar, overload, runtime_checkable
 
 from grpo_lab.errors import RecipeError
 
@@ -16,13 +19,22 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 SCOPES: tuple[Scope, ...] = ("completion", "group", "completions")
 BATCH_PARAMETERS = ("prompts", "completions", "completion_ids")
-# TRL's trainer also passes these. Nothing true can be given for them here, so a function must be able to do without.
-TRL_EXTRAS = ("trainer_state", "log_extra", "log_metric", "environments")
+# What TRL's trainer passes beside columns, and what of it is not to be had here, so that a function must do without.
+TRL_EXTRAS = ("trainer_state", "log_extra", "log_metric")
+TRL_ONLY = ("environments",)
 _MARK = "grpo_lab_reward"
 
 
-def reward(function: Function) -> Function:
+@overload
+def reward(function: Function) -> Function: ...
+@overload
+def reward(*, range: tuple[float | int, float | int]) -> Callable[[Function], Function]: ...
+def reward(function: Any = None, *, range: tuple[float | int, float | int] | None = None) -> Any:  # noqa: A002 - reads well as a mark
     """Mark a function as a reward, so that it is found in its file under its own name.
+
+    `@reward(range=(0, 1))` also says which values it can return (infinite ends are allowed): `validate` then knows the
+    range of the composed reward, and `rewards test` its maximum. An object with `__call__` is marked as it is made:
+    `novelty = reward(Novelty())`, and found under the name that it is given there.
 
     Its parameters say the rest. `completion`, `group` or `completions` (one of them) is what it scores: one answer,
     all answers to one prompt, or all answers of a step (TRL's batched contract). In the first two scopes a
@@ -32,13 +44,30 @@ def reward(function: Function) -> Function:
     It returns a finite number, or None for "does not apply to this example" (a list of them for more than one
     completion). Exceptions, nan and wrong types are failures, which are counted and never scored as 0.
     """
-    function.__dict__[_MARK] = True
+    if function is None:
+        return partial(reward, range=range)
+    if inspect.isclass(function):
+        raise TypeError(f"mark an object, not its class: {function.__name__.lower()} = reward({function.__name__}())")
+    if range is not None and not range[0] < range[1]:
+        raise ValueError(f"range should be (lowest, highest), got {range}")
+    function.__dict__[_MARK] = {"range": None if range is None else (float(range[0]), float(range[1]))}
     return function
 
 
 def is_marked(function: object) -> bool:
-    """Whether `@reward` stands above the function."""
-    return inspect.isfunction(function) and vars(function).get(_MARK, False) is True
+    """Whether `@reward` stands above the function, or `reward(...)` around the object."""
+    return not inspect.isclass(function) and _MARK in getattr(function, "__dict__", {})
+
+
+@runtime_checkable
+class Stateful(Protocol):
+    """A reward whose state a checkpoint keeps, as JSON values (tuples come back as lists, keys as text)."""
+
+    def state_dict(self) -> Any:
+        """What it needs to go on later as if nothing had happened."""
+
+    def load_state_dict(self, state: Any) -> None:
+        """Go on from a state that `state_dict` gave."""
 
 
 class Option(NamedTuple):
@@ -68,6 +97,13 @@ class Reward:
     sha256: str
     named: frozenset[str] = frozenset()
     takes_all_columns: bool = False
+    range: tuple[float, float] | None = None
+    version: str = ""
+
+    @property
+    def may_keep_state(self) -> bool:
+        """Whether it is an object and no plain function. Functions are taken to keep nothing between calls."""
+        return not inspect.isroutine(self.function)
 
     def describe(self) -> dict[str, Any]:
         """What `grpo-lab rewards ls` shows; plain values only."""
@@ -75,17 +111,30 @@ class Reward:
             "name": self.name,
             "scope": self.scope,
             "options": {
-                name: {"type": _type_name(option.annotation), "default": option.default}
+                name: {"type": _type_name(option.annotation), "default": option.default, "doc": self._about(name)}
                 for name, option in self.options.items()
             },
             "columns": list(self.columns),
             "doc": self.doc,
+            "range": None if self.range is None else [end if math.isfinite(end) else None for end in self.range],
+            "state": (isinstance(self.function, Stateful) and "kept") or ("lost" if self.may_keep_state else "none"),
             "source": self.source,
+            "version": self.version,
+            "sha256": self.sha256,
         }
 
+    def _about(self, option: str) -> str:
+        """What the docstring says about an option: its line under `Args:`, else the sentences that quote its name."""
+        text = inspect.getdoc(self.function) or ""
+        line = re.search(rf"^ +{option}(?: \(.*?\))?: (.+(?:\n {{5,}}.+)*)", text, re.MULTILINE)
+        if line:
+            return " ".join(line[1].split())
+        sentences = re.split(r"(?<=[.!?:])\s+(?=[A-Z\"<`])", " ".join(text.split()))
+        return " ".join(each for each in sentences if re.search(rf"`{option}\b", each))
 
-def read_reward(function: Any, *, name: str, source: str) -> Reward:
-    """Read a function's scope, columns and options off its signature.
+
+def read_reward(function: Any, *, name: str, source: str, version: str | None = None) -> Reward:
+    """Read a function's scope, columns and options off its signature; without a `version` its file's hash is one.
 
     Raises:
         RecipeError: the signature does not follow the contract.
@@ -114,6 +163,8 @@ def read_reward(function: Any, *, name: str, source: str) -> Reward:
         sha256=digest,
         named=frozenset(parameters),
         takes_all_columns=batched and any(each.kind is Parameter.VAR_KEYWORD for each in parameters.values()),
+        range=getattr(function, "__dict__", {}).get(_MARK, {}).get("range"),
+        version=version or digest[:12],
     )
 
 
@@ -166,9 +217,9 @@ def _batched(parameters: Mapping[str, Parameter], place: str) -> tuple[str, ...]
         if each.default is Parameter.empty and each.kind not in variadic and each.name not in BATCH_PARAMETERS
     )
     for name in required:
-        if name in TRL_EXTRAS:
+        if name in TRL_ONLY:
             raise RecipeError(f'{place}: needs "{name}", which only TRL\'s trainer has; give it a default')
-    return required
+    return tuple(name for name in required if name not in TRL_EXTRAS)
 
 
 def _type_name(annotation: Any) -> str:

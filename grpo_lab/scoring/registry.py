@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint, entry_points, packages_distributions, version
 from pathlib import Path
 from types import ModuleType
 
@@ -55,7 +55,8 @@ class Registry:
 
 def discover(plugins: Sequence[str | Path] = (), *, shipped: Path | None = None) -> Registry:
     """Find all rewards: one per file of the shipped folder, the marked functions of the plugins (files, or folders of
-    files; in a file that marks none, its functions over `completions`, as TRL has them), and what installed packages offer under the entry point group `grpo_lab.rewards`.
+    files; in a file that marks none, its functions over `completions`, as TRL has them), and what installed packages
+    offer under the entry point group `grpo_lab.rewards`.
 
     Plugins are Python and are run here. A file of a plugin folder whose name starts with `_` is left alone.
 
@@ -93,7 +94,7 @@ def _read_shipped(file: Path) -> Reward:
     function = _marked(_run_file(file)).get(file.stem)
     if function is None:
         raise RecipeError(f"{file}: has no function {file.stem} marked with @reward")
-    return read_reward(function, name=file.stem, source=f"{file.parent.name}/{file.name}")
+    return read_reward(function, name=file.stem, source=f"{file.parent.name}/{file.name}", version=_version("grpo-lab"))
 
 
 def _files(plugin: Path) -> list[Path]:
@@ -121,21 +122,22 @@ def _known(reward: Reward) -> Reward:
 
 
 def _marked(module: ModuleType) -> dict[str, Callable[..., object]]:
-    """The rewards that a file defines itself, not those it imports."""
+    """The rewards that a file defines itself, not those it imports: functions and, by their variable, objects."""
     return {
-        value.__name__: value
-        for value in vars(module).values()
+        value.__name__ if inspect.isroutine(value) else name: value
+        for name, value in vars(module).items()
         if is_marked(value) and value.__module__ == module.__name__
     }
 
 
 def _batched(module: ModuleType) -> dict[str, Callable[..., object]]:
-    """A file written for TRL marks nothing: its public functions over `completions` are its rewards, unchanged."""
+    """A file written for TRL marks nothing: its public functions and objects over `completions` are its rewards."""
     return {
         name: value
         for name, value in vars(module).items()
-        if inspect.isfunction(value)
-        and value.__module__ == module.__name__
+        if callable(value)
+        and not inspect.isclass(value)
+        and getattr(value, "__module__", None) == module.__name__
         and not name.startswith("_")
         and "completions" in inspect.signature(value).parameters
     }
@@ -177,7 +179,8 @@ def _read_entry_point(point: EntryPoint) -> Reward:
         function = point.load()
     except (Exception, SystemExit) as error:
         raise RecipeError(f'reward "{point.name}" ({point.value}): {type(error).__name__}: {error}') from error
-    return read_reward(function, name=point.name, source=point.value)
+    offered_by = _version(point.dist.name) if point.dist is not None else None
+    return read_reward(function, name=point.name, source=point.value, version=offered_by)
 
 
 def _read_dotted(name: str) -> Reward:
@@ -193,4 +196,9 @@ def _read_dotted(name: str) -> Reward:
         raise RecipeError(
             f'reward "{name}": no "{attribute}" in {module_name}{did_you_mean(attribute, public)}'
         ) from error
-    return read_reward(function, name=name, source=name)
+    packages = packages_distributions().get(name.partition(".")[0], [])
+    return read_reward(function, name=name, source=name, version=_version(packages[0]) if packages else None)
+
+
+def _version(package: str) -> str:
+    return f"{package} {version(package)}"

@@ -1,17 +1,24 @@
 """All rewards of a stage, combined: total = sum(weight * term), with gates, abstention and failures."""
 
+import json
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
+from grpo_lab.errors import RewardError
 from grpo_lab.recipe.schema import RewardTerm
 from grpo_lab.scoring.calls import FAILURES, GATED, LARGEST, Outcome, call
+from grpo_lab.scoring.composition import Range, summed
+from grpo_lab.scoring.mark import Stateful
+from grpo_lab.scoring.notes import Notes
 from grpo_lab.scoring.registry import Registry
 from grpo_lab.scoring.terms import BoundTerm, bound_terms, gate_order
-from grpo_lab.types import Completion, Example, Group, Scores
+from grpo_lab.types import FINISHED, Completion, Example, Group, Progress, Scores
+
+T = TypeVar("T")
 
 # Names that the batched contract gives a meaning of its own, so a column of that name is not passed; as in TRL.
 _RESERVED = frozenset({"prompt", "prompts", "completion", "completions", "completion_ids"})
@@ -37,7 +44,45 @@ class RewardSet:
         """The terms' names in metrics, in the recipe's order."""
         return [term.label for term in self.terms]
 
-    def score(self, groups: Sequence[Group]) -> Scores:
+    @property
+    def range(self) -> Range:
+        """What the total can be where every term applies, at any time of the weights' schedules; outer bounds."""
+        return summed(term.weighted_range for term in self.terms)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The states of stateful rewards, by term, in JSON values.
+
+        Raises:
+            RewardError: a state is no JSON.
+        """
+        states = {label: reward.state_dict() for label, reward in self._stateful.items()}
+        for label, state in states.items():
+            try:
+                json.dumps(state, allow_nan=False)
+            except (TypeError, ValueError) as error:
+                raise RewardError(f'reward "{label}": state_dict() must give JSON values: {error}') from error
+        return states
+
+    def load_state_dict(self, states: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` gave."""
+        for label, reward in self._stateful.items():
+            if label in states:
+                reward.load_state_dict(states[label])
+
+    @property
+    def _stateful(self) -> dict[str, Stateful]:
+        functions: dict[str, Any] = {term.label: term.reward.function for term in self.terms}
+        return {label: function for label, function in functions.items() if isinstance(function, Stateful)}
+
+    def inexact_because(self) -> list[str]:
+        """Why a resumed run need not be the same run: rewards that may keep a state which no checkpoint has."""
+        return [
+            f'reward "{term.label}" is an object without state_dict and load_state_dict: what it remembers is lost on resume'
+            for term in self.terms
+            if term.reward.may_keep_state and term.label not in self._stateful
+        ]
+
+    def score(self, groups: Sequence[Group], progress: Progress = FINISHED) -> Scores:
         """The weighted sum of all terms for every completion, and each term with its status.
 
         A term that fails (an exception, nan, a wrong type) is never a 0: the completion's total is nan, which takes it
@@ -47,48 +92,62 @@ class RewardSet:
         A reward that abstains on a whole group adds 0 there. If it abstains on some siblings only, those have no
         total, as theirs would be another sum than their siblings'. Where every term abstains there is no total either.
 
+        `progress` is for weights with a schedule and for rewards that ask for `trainer_state`; without it both are as
+        at the end of training.
+
         Raises:
             RewardError: a reward over several completions returned the wrong number of values.
         """
         num_generations = _num_generations(groups)
         outcomes: dict[str, list[Outcome]] = {}
+        weights = {term.label: term.weight_at(progress) for term in self.terms}
+        notes: dict[str, Notes] = {}
         by_label = {term.label: term for term in self.terms}
         for label in gate_order({term.label: term.only_if for term in self.terms}):
             term = by_label[label]
             gate = outcomes[term.only_if] if term.only_if is not None else None
             is_open = [gate is None or gate[row].value > 0 for row in range(len(groups) * num_generations)]
-            outcomes[label] = _behind_gate(_score_term(term, groups, is_open), is_open)
-        totals = self._totals(outcomes, num_generations)
+            notes[label] = Notes(len(is_open))
+            found = _score_term(term, groups, is_open, notes[label].arguments(progress))
+            outcomes[label] = _behind_gate([_shaped(term, each) for each in found], is_open)
+        totals = self._totals(outcomes, num_generations, weights)
         shape = (len(groups), num_generations)
         return Scores(
             total=torch.tensor(totals, dtype=torch.float32).reshape(shape),
             terms={name: _tensor(outcomes[name]).reshape(shape) for name in self.names},
             status={name: _by_group([each.status for each in outcomes[name]], num_generations) for name in self.names},
             reasons=_reasons({name: outcomes[name] for name in self.names}, groups),
+            weights=weights,
+            extra=_extra(notes, num_generations),
+            logged=_logged(notes),
         )
 
-    def _totals(self, outcomes: dict[str, list[Outcome]], num_generations: int) -> list[float]:
+    def _totals(
+        self, outcomes: dict[str, list[Outcome]], num_generations: int, weights: Mapping[str, float]
+    ) -> list[float]:
         """The weighted sums, row by row. A sum that is too large becomes the failure of its largest part."""
         num_rows = len(outcomes[self.terms[0].label])
         totals = []
         for start in range(0, num_rows, num_generations):
             rows = range(start, start + num_generations)
             applies = {name for name, found in outcomes.items() if any(found[row].status == "ok" for row in rows)}
-            totals += [self._total({name: found[row] for name, found in outcomes.items()}, applies) for row in rows]
+            totals += [
+                self._total({name: found[row] for name, found in outcomes.items()}, applies, weights) for row in rows
+            ]
         for row in [row for row, total in enumerate(totals) if math.isinf(total)]:
-            parts = {term.label: abs(_part(term, outcomes[term.label][row])) for term in self.terms}
+            parts = {name: abs(_part(weight, outcomes[name][row])) for name, weight in weights.items()}
             reason = f"made the weighted total larger than {LARGEST:g}"
             outcomes[max(parts, key=parts.__getitem__)][row] = Outcome(math.nan, "non_finite", reason)
             totals[row] = math.nan
         return totals
 
-    def _total(self, row: Mapping[str, Outcome], applies: Collection[str]) -> float:
+    def _total(self, row: Mapping[str, Outcome], applies: Collection[str], weights: Mapping[str, float]) -> float:
         """The weighted sum of one completion, nan if it is not scored, inf if it is too large."""
         statuses = {outcome.status for outcome in row.values()}
         other_sum = any(outcome.status == "abstained" and name in applies for name, outcome in row.items())
         if statuses & FAILURES or "ok" not in statuses or other_sum:
             return math.nan
-        parts = [_part(term, row[term.label]) for term in self.terms]
+        parts = [_part(weight, row[name]) for name, weight in weights.items()]
         return math.inf if sum(map(abs, parts)) > LARGEST else sum(parts)
 
 
@@ -96,8 +155,26 @@ def _tensor(outcomes: Sequence[Outcome]) -> torch.Tensor:
     return torch.tensor([each.value for each in outcomes], dtype=torch.float32)
 
 
-def _part(term: BoundTerm, outcome: Outcome) -> float:
-    return term.weight * outcome.value if outcome.status == "ok" else 0.0
+def _part(weight: float, outcome: Outcome) -> float:
+    return weight * outcome.value if outcome.status == "ok" else 0.0
+
+
+def _shaped(term: BoundTerm, outcome: Outcome) -> Outcome:
+    return outcome._replace(value=term.shaped(outcome.value)) if outcome.status == "ok" else outcome
+
+
+def _extra(notes: Mapping[str, Notes], num_generations: int) -> dict[str, tuple[tuple[Any, ...], ...]]:
+    """The columns that rewards wrote, by group; the second of one name gets its term's label before it."""
+    columns: dict[str, list[Any]] = {}
+    for label, each in notes.items():
+        for column, values in each.extra.items():
+            columns[f"{label}.{column}" if column in columns else column] = values
+    return {column: _by_group(values, num_generations) for column, values in columns.items()}
+
+
+def _logged(notes: Mapping[str, Notes]) -> dict[str, tuple[float, ...]]:
+    names = dict.fromkeys(name for each in notes.values() for name in each.logged)
+    return {name: tuple(value for each in notes.values() for value in each.logged.get(name, ())) for name in names}
 
 
 def _num_generations(groups: Sequence[Group]) -> int:
@@ -108,9 +185,11 @@ def _num_generations(groups: Sequence[Group]) -> int:
     return sizes[0]
 
 
-def _score_term(term: BoundTerm, groups: Sequence[Group], is_open: Sequence[bool]) -> list[Outcome]:
+def _score_term(
+    term: BoundTerm, groups: Sequence[Group], is_open: Sequence[bool], extras: Mapping[str, Any]
+) -> list[Outcome]:
     if term.reward.scope == "completions":
-        return call(term, _batch_arguments(term, groups), num_completions=len(is_open))
+        return call(term, _batch_arguments(term, groups, extras), num_completions=len(is_open))
     if term.reward.scope == "group":
         return [
             outcome
@@ -142,7 +221,7 @@ def _behind_gate(outcomes: list[Outcome], is_open: Sequence[bool]) -> list[Outco
     ]
 
 
-def _batch_arguments(term: BoundTerm, groups: Sequence[Group]) -> dict[str, Any]:
+def _batch_arguments(term: BoundTerm, groups: Sequence[Group], extras: Mapping[str, Any]) -> dict[str, Any]:
     """What TRL's trainer passes: prompts, completions and their ids as lists with one entry per completion, and the
     columns likewise. Chat prompts are lists of messages, and their completions then are, too."""
     rows = [(group.example, completion) for group in groups for completion in group.completions]
@@ -152,6 +231,7 @@ def _batch_arguments(term: BoundTerm, groups: Sequence[Group]) -> dict[str, Any]
         "prompts": [_messages(example) for example, _ in rows],
         "completions": [_answer(example, completion) for example, completion in rows],
         "completion_ids": [list(completion.token_ids) for _, completion in rows],
+        **extras,
     }
     if term.reward.takes_all_columns:
         return arguments
@@ -166,9 +246,9 @@ def _answer(example: Example, completion: Completion) -> str | list[dict[str, An
     return completion.text if example.messages is None else [{"role": "assistant", "content": completion.text}]
 
 
-def _by_group(statuses: list[str], num_generations: int) -> tuple[tuple[str, ...], ...]:
-    starts = range(0, len(statuses), num_generations)
-    return tuple(tuple(statuses[start : start + num_generations]) for start in starts)
+def _by_group(values: Sequence[T], num_generations: int) -> tuple[tuple[T, ...], ...]:
+    starts = range(0, len(values), num_generations)
+    return tuple(tuple(values[start : start + num_generations]) for start in starts)
 
 
 def _reasons(outcomes: Mapping[str, list[Outcome]], groups: Sequence[Group]) -> dict[str, str]:

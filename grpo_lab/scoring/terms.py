@@ -13,9 +13,11 @@ from pydantic.errors import PydanticUserError
 
 from grpo_lab.errors import RecipeError
 from grpo_lab.recipe import did_you_mean
-from grpo_lab.recipe.schema import RewardTerm
+from grpo_lab.recipe.schema import RewardTerm, WeightSchedule
+from grpo_lab.scoring.composition import ANY, Range, shaped, weight_at, weighted
 from grpo_lab.scoring.mark import Option, Reward
 from grpo_lab.scoring.registry import Registry
+from grpo_lab.types import FINISHED, Progress
 
 Loc = tuple[str | int, ...]
 Problem = tuple[Loc, str]
@@ -25,14 +27,38 @@ Problem = tuple[Loc, str]
 class BoundTerm:
     """One reward in the sum: the function, its checked options, and what the sum makes of its value.
 
-    `label` is its name in metrics; `only_if` is the label of the term that gates it.
+    `label` is its name in metrics; `only_if` is the label of the term that gates it. `weight`, `scale` and `clip` are
+    the recipe's: the sum adds weight * clip(scale * value).
     """
 
     reward: Reward
     label: str
-    weight: float = 1.0
+    weight: float | WeightSchedule = 1.0
     only_if: str | None = None
     options: Mapping[str, Any] | None = None
+    scale: float = 1.0
+    clip: tuple[float | None, float | None] | None = None
+
+    def weight_at(self, progress: Progress = FINISHED) -> float:
+        """Its weight in the step after `progress`; without one, the weight that it ends with."""
+        return weight_at(self.weight, progress)
+
+    def shaped(self, value: float) -> float:
+        """What stands in the metrics for a value that the reward gave."""
+        return shaped(value, self.scale, self.clip)
+
+    @property
+    def range(self) -> Range:
+        """What the shaped value can be; a closed gate makes it 0. A reward that declares no range can be anything."""
+        ends = [self.shaped(end) for end in self.reward.range or ANY]
+        gated = [] if self.only_if is None else [0.0]
+        return min(*ends, *gated), max(*ends, *gated)
+
+    @property
+    def weighted_range(self) -> Range:
+        """What the term can add to the total, at any time of a schedule."""
+        weight = self.weight
+        return weighted(self.range, (weight.start, weight.end) if isinstance(weight, WeightSchedule) else (weight,))
 
 
 def problems(terms: Sequence[RewardTerm], registry: Registry, columns: Collection[str] | None) -> list[Problem]:
@@ -42,7 +68,7 @@ def problems(terms: Sequence[RewardTerm], registry: Registry, columns: Collectio
     """
     found: list[Problem] = []
     for index, term in enumerate(terms):
-        if not math.isfinite(term.weight):
+        if isinstance(term.weight, float) and not math.isfinite(term.weight):
             found.append(((index, "weight"), f"should be a finite number, got {term.weight}"))
         try:
             reward = registry.get(term.name)
@@ -78,7 +104,8 @@ def gate_order(only_if: Mapping[str, str | None]) -> list[str]:
 
 
 def _bound(term: RewardTerm, reward: Reward) -> BoundTerm:
-    return BoundTerm(reward, term.key, term.weight, term.only_if, _check_options(reward, term.options)[0])
+    options = _check_options(reward, term.options)[0]
+    return BoundTerm(reward, term.key, term.weight, term.only_if, options, term.scale, term.clip)
 
 
 def _missing(term: RewardTerm, column: str, columns: Collection[str]) -> str:

@@ -36,7 +36,7 @@ def run_grpo(context: Context, plan: GrpoPlan) -> None:
         micro_batch_size=stage.micro_batch_size,
     )
     moving = reference if stage.algorithm.reference_refresh is not None else None
-    start = resume(context, plan.name, policy, learner, moving_reference=moving)
+    start = resume(context, plan.name, policy, learner, moving_reference=moving, rewards=plan.rewards)
 
     def measure(step: int) -> None:
         result = measure_policy(policy, plan, seed=recipe.seed)
@@ -61,7 +61,7 @@ def run_grpo(context: Context, plan: GrpoPlan) -> None:
         Advice(context.sinks),
         refreshing(stage.algorithm.reference_refresh, policy, reference),
         evaluating(stage.evaluation, measure),
-        checkpointing(context, policy, learner, stage.checkpoint, moving_reference=moving),
+        checkpointing(context, policy, learner, stage.checkpoint, moving_reference=moving, rewards=plan.rewards),
     )
     train(parts, start=start, report=report)
     finish(context, policy, steps=stage.steps)

@@ -19,8 +19,10 @@ from grpo_lab.stages.advice import Advice
 from grpo_lab.stages.grpo import measure_policy
 from grpo_lab.stages.plan import GrpoPlan
 from grpo_lab.stages.running import Context, evaluating, finish, reporting
-from grpo_lab.tracking.files import disk_errors
+from grpo_lab.tracking.files import disk_errors, read_json, write_json
 from grpo_lab.tracking.folders import MANIFEST, is_complete, seal_folder, verify_folder
+
+REWARDS = "rewards.json"  # in a checkpoint: the states of stateful rewards
 
 
 def run_grpo_trl(context: Context, plan: GrpoPlan) -> None:
@@ -28,6 +30,8 @@ def run_grpo_trl(context: Context, plan: GrpoPlan) -> None:
     stage, recipe = plan.stage, context.recipe
     policy = load_policy(recipe.model, context.tokenizer, seed=recipe.seed, folder=context.start)
     resumed = resume(context, plan)
+    if resumed is not None:
+        plan.rewards.load_state_dict(read_json(resumed.path / REWARDS))
 
     def measure(step: int) -> None:
         result = measure_policy(policy, plan, seed=recipe.seed)
@@ -143,6 +147,7 @@ class Saving(TrainerCallback):
         folder = self.context.folder.checkpoints
         path = folder / f"checkpoint-{state.global_step}"
         with disk_errors(path):
+            write_json(path / REWARDS, self.plan.rewards.state_dict())
             seal_folder(path)
             self._prune(folder)
         self.context.stop.check(f"after step {state.global_step // self.updates} of stage {self.plan.name}, saved")

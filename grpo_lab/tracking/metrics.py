@@ -38,6 +38,7 @@ DESCRIPTIONS: Mapping[str, str] = {
     "lab/groups_all_equal_low": "Share of groups with equal rewards that lie low: most likely all wrong, too hard.",
     "lab/unscored": "Share of completions without a total reward; they are out of baseline and loss.",
     "lab/failed/<name>": "Share of completions on which one reward failed (error, timeout, bad value, crash).",
+    "lab/logged/<name>": "What a reward logged through `log_metric`, mean over the step's calls.",
     "lab/ratio_mean": "Mean importance ratio pi / pi_old over completion tokens; 1 at the first update of a batch.",
     "lab/sampling_attempts": "Dynamic sampling: rounds of sampling that the step took, the first included.",
     "lab/groups_drawn": "Dynamic sampling: groups sampled in all rounds; those without signal gave way to others.",
@@ -68,7 +69,8 @@ def description(name: str) -> str:
     """
     known = {**DESCRIPTIONS, **TIMING}
     plain = name.removeprefix("eval_")
-    placed = re.sub(r"^(rewards/).+(/mean|/std)$|^(lab/failed/).+$|^\w+(_seconds)$", r"\1\3<name>\2\4", plain)
+    pattern = r"^(rewards/).+(/mean|/std)$|^(lab/failed/|lab/logged/).+$|^\w+(_seconds)$"
+    placed = re.sub(pattern, r"\1\3<name>\2\4", plain)
     return known[plain] if plain in known else known[placed]
 
 
@@ -147,7 +149,7 @@ def _reward_metrics(scores: Scores) -> dict[str, float | None]:
     for name, groups in scores.status.items():
         failed = [status in FAILED for group in groups for status in group]
         metrics[f"lab/failed/{name}"] = sum(failed) / len(failed)
-    return metrics
+    return metrics | {f"lab/logged/{name}": sum(values) / len(values) for name, values in scores.logged.items()}
 
 
 def _length_metrics(lengths: Sequence[int], name: str) -> dict[str, float | None]:

@@ -156,7 +156,15 @@ def test_a_passed_model_key_changes_the_argument_it_names(key):
 
 
 # key -> values that TRL cannot do
+SCHEDULE = {"start": 0.0, "end": 1.0, "steps": 2}
 IMPOSSIBLE: dict[str, list[dict[str, Any]]] = {
+    "rewards.weight": [
+        {
+            "rewards.weight": SCHEDULE,
+            "algorithm.reward_aggregation": "normalize_then_sum",
+            "algorithm.advantage_scale": "centred",
+        }
+    ],
     "sampling.max_rows": [{"sampling.max_rows": 8}],
     "algorithm.advantage_baseline": [
         {"algorithm.advantage_baseline": "leave_one_out", "algorithm.advantage_scale": "none"},
@@ -195,6 +203,13 @@ def test_what_trl_cannot_do_is_refused_at_its_key_with_a_remedy(key, values):
     assert list(found) == [tuple(key.split("."))]
     assert found[tuple(key.split("."))].startswith('engine "trl": ')
     assert "set " in found[tuple(key.split("."))]
+
+
+def test_a_weight_with_a_schedule_is_multiplied_in_by_the_terms_function():
+    stage = stage_with({"rewards.weight": SCHEDULE})
+    assert unsupported(stage) == []
+    assert arguments(stage, Model(**MODEL), seed=0)["reward_weights"] == [1.0]
+    assert trl_config.scheduled(stage) == {"accuracy"}
 
 
 def test_the_default_stage_and_a_sampler_of_ours_with_max_rows_are_not_refused():

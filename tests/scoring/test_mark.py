@@ -1,4 +1,5 @@
 import hashlib
+import math
 from pathlib import Path
 from typing import Literal
 
@@ -23,7 +24,11 @@ def test_keyword_only_without_default_is_a_column_and_with_default_an_option():
     def close(completion: Completion, *, answer: str, tolerance: float = 0.5, unit: Literal["m", "km"] = "m") -> float:
         """Near enough.
 
-        More words.
+        More words. How far `tolerance` may be. And others.
+
+        Args:
+            unit: Of the number,
+                in either system.
         """
         return 0.0
 
@@ -33,12 +38,16 @@ def test_keyword_only_without_default_is_a_column_and_with_default_an_option():
         "name": "close",
         "scope": "completion",
         "options": {
-            "tolerance": {"type": "float", "default": 0.5},
-            "unit": {"type": "Literal['m', 'km']", "default": "m"},
+            "tolerance": {"type": "float", "default": 0.5, "doc": "How far `tolerance` may be."},
+            "unit": {"type": "Literal['m', 'km']", "default": "m", "doc": "Of the number, in either system."},
         },
         "columns": ["answer"],
         "doc": "Near enough.",
+        "range": None,
+        "state": "none",
         "source": "x.py",
+        "version": found.sha256[:12],
+        "sha256": found.sha256,
     }
 
 
@@ -50,6 +59,37 @@ def test_the_hash_is_that_of_the_source_file():
     assert found.scope == "group"
     assert found.path == Path(__file__)
     assert found.sha256 == hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+
+
+def test_a_mark_may_say_the_range():
+    @reward(range=(-1, math.inf))
+    def above(completion):
+        return 1.0
+
+    found = read_reward(above, name="above", source="x.py")
+    assert (found.range, found.describe()["range"]) == ((-1, math.inf), [-1, None])
+    with pytest.raises(ValueError, match="lowest, highest"):
+        reward(range=(1, 0))(above)
+
+
+def test_an_object_is_marked_as_it_is_made_and_its_class_is_not():
+    class Novelty:
+        def __call__(self, completion):
+            return 1.0
+
+    novelty = reward(Novelty())
+    assert is_marked(novelty)
+    assert not is_marked(Novelty())
+    assert read_reward(novelty, name="novelty", source="x.py").describe()["state"] == "lost"
+    with pytest.raises(TypeError, match=r"novelty = reward\(Novelty\(\)\)"):
+        reward(Novelty)
+
+
+def test_what_trl_passes_beside_columns_is_no_column():
+    def logs(completions, answer, log_extra, log_metric, trainer_state):
+        return [0.0]
+
+    assert read_reward(logs, name="logs", source="x.py").columns == ("answer",)
 
 
 def test_in_the_batched_scope_every_other_name_is_a_column():
@@ -99,7 +139,7 @@ def _rest(completion, **rest):
     return 0.0
 
 
-def _trainer(completions, trainer_state):
+def _trainer(completions, environments):
     return [0.0]
 
 
@@ -118,7 +158,7 @@ async def _async(completion):
         (_two_scopes, "takes completion and group; name exactly one parameter after what it scores"),
         (_positional, '"answer" must be keyword-only: put a * after completion'),
         (_rest, '"**rest" must be keyword-only: put a * after completion'),
-        (_trainer, 'needs "trainer_state", which only TRL\'s trainer has; give it a default'),
+        (_trainer, 'needs "environments", which only TRL\'s trainer has; give it a default'),
         (_unreadable, "an annotation cannot be read: name 'Tolerance' is not defined"),
         (_async, 'is async; only a reward over "completions" can be'),
         (3, "is not a Python function with a source file: 3 is not a callable object"),

@@ -110,6 +110,13 @@ def test_a_plugin_leaves_the_import_path_alone_and_may_define_dataclasses(shippe
     assert sys.path == before
 
 
+def test_an_object_of_a_plugin_has_its_variables_name_and_trl_objects_need_no_mark(shipped, plugin):
+    code = "class Seen:\n    def __call__(self, {}, **kwargs):\n        return [0.0]\n{}\n"
+    marked = plugin("from grpo_lab.scoring import reward\n" + code.format("completions", "novelty = reward(Seen())"))
+    for_trl = plugin(code.format("completions", "seen = Seen()"), "for_trl.py")
+    assert discover([marked, for_trl], shipped=shipped).names() == ["novelty", "seen", "short"]
+
+
 def test_two_rewards_of_one_name_are_refused(shipped, plugin):
     file = plugin(SHORT)
     assert problems_of(file, shipped=shipped) == [
@@ -160,6 +167,7 @@ def test_installed_packages_offer_rewards(shipped, plugin, monkeypatch):
     registry = discover(shipped=shipped)
     assert registry.names() == ["crisp", "gone", "short"]
     assert registry.get("crisp").source == "installed_rewards_for_test:brief"
+    assert registry.get("crisp").version == "installed-rewards-for-test 1.0"
     with pytest.raises(RecipeError) as error:
         registry.get("gone")
     assert str(error.value) == (

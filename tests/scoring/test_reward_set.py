@@ -351,8 +351,9 @@ def test_a_missing_column_is_a_failure_that_names_it():
 def test_a_batched_reward_is_called_once_with_trls_arguments():
     calls = []
 
-    def batched(completions, prompts, completion_ids, solution, log_extra=None, **kwargs):
-        calls.append((completions, prompts, completion_ids, solution, log_extra, kwargs))
+    def batched(completions, prompts, completion_ids, solution, environments=None, **kwargs):
+        assert {kwargs.pop(name) is None for name in ("log_extra", "log_metric", "trainer_state")} == {False}
+        calls.append((completions, prompts, completion_ids, solution, environments, kwargs))
         return [1.0, None, 3.0, 4.0]
 
     scores = rewards(batched).score(
