@@ -97,7 +97,7 @@ def compared_rewards(scores: Scores, stage: GrpoStage) -> Float[Tensor, "P G"]:
         return scores.total
     unscored = scores.total.isnan()
     terms = [scores.terms[term.key].masked_fill(unscored, torch.nan) for term in stage.reward_terms]
-    return normalize_then_sum(terms, [scores.weights[term.key] for term in stage.reward_terms])
+    return normalize_then_sum(terms, [scores.weights.get(term.key, 1.0) for term in stage.reward_terms])
 
 
 def advantages(batch: Batch, scores: Scores, stage: GrpoStage) -> Float[Tensor, "N"]:

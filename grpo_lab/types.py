@@ -71,7 +71,7 @@ class Scores:
     "timeout", "bad_type", "non_finite", "crashed").
     nan in `total`: not scored, so out of the group's mean and std and out of the loss weights.
     `reasons` holds the first message of each failure, by term, for people.
-    `weights` are what the terms were multiplied by. `extra` (by group, then completion) and `logged` are what rewards
+    `weights` are what the terms were multiplied by (1 if not given). `extra` (by group, then completion) and `logged` are what rewards
     wrote down beside their values, through TRL's `log_extra` and `log_metric`.
     """
 

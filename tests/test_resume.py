@@ -69,10 +69,23 @@ stages:
 PLUGIN = """\
 from grpo_lab.scoring import reward
 
-@reward
-def variety(completion, *, scale: float = 8.0):
-    "Different tokens."
-    return len(set(completion.token_ids)) / scale
+class Variety:
+    "Different tokens, and a little that depends on all the calls before: its state must survive."
+
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, completion, *, scale: float = 8.0):
+        self.calls += 1
+        return len(set(completion.token_ids)) / scale + 0.1 * (self.calls % 7)
+
+    def state_dict(self):
+        return {"calls": self.calls}
+
+    def load_state_dict(self, state):
+        self.calls = state["calls"]
+
+variety = reward(Variety())
 """
 STEPS = {"warm_start": 3, "grpo": 12}
 NOT_COMPARED = {"timing.jsonl", "events.jsonl", "run.json", "recipe.yaml", "resolved.yaml", ".lock"}
@@ -210,6 +223,9 @@ def test_the_toy_run_learns_in_every_step_so_that_equal_bytes_mean_something(wor
     assert len(lines) == 12
     assert all(line["grad_norm"] > 0 and line["kl"] >= 0 for line in lines)
     checkpoints = sorted((world.whole / "grpo" / "checkpoints").iterdir())
+    assert read_json(world.whole / "run.json")["exact"] is True  # its stateful reward is in every checkpoint:
+    calls = [read_json(path / "state.json")["state"]["rewards"]["variety"]["calls"] for path in checkpoints]
+    assert len(set(calls)) == 12
     assert len({content_of_checkpoint(path)["model.safetensors"] for path in checkpoints}) == 12
 
 

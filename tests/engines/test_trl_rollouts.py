@@ -12,7 +12,8 @@ from grpo_lab.scoring.mark import read_reward
 
 @pytest.fixture
 def rollouts_of(tiny_policy, make_examples, tmp_path):
-    def build(*functions, max_failed=0.5):
+    def build(*functions, max_failed=0.5, weights=None):
+        weights = weights or [1.0] * len(functions)
         stage = GrpoStage(
             kind="grpo",
             engine="trl",
@@ -20,11 +21,14 @@ def rollouts_of(tiny_policy, make_examples, tmp_path):
             steps=3,
             optimizer={"learning_rate": 0.01},
             sampling={"num_generations": 2, "max_completion_length": 4},
-            rewards=[{"name": function.__name__} for function in functions],
+            rewards=[{"name": f.__name__, "weight": weight} for f, weight in zip(functions, weights, strict=True)],
             prompts_per_step=2,
             max_failed_rewards=max_failed,
         )
-        terms = [BoundTerm(read_reward(f, name=f.__name__, source="test"), f.__name__) for f in functions]
+        terms = [
+            BoundTerm(read_reward(f, name=f.__name__, source="test"), f.__name__, term.weight)
+            for f, term in zip(functions, stage.rewards, strict=True)
+        ]
         prompts = PromptStream(make_examples(["1+2=", "3+4=", "5+6="]), 2, seed=0)
         return Rollouts(TrlParts("toy", stage, 0, tiny_policy, None, prompts, None, RewardSet(tuple(terms)), tmp_path))
 
@@ -54,6 +58,17 @@ def test_a_failed_completion_is_none_in_every_term_and_every_term_is_scored_once
     assert two(completion_ids=ids, position=[2, 2, 3, 3]) == [1, 2, None, 3]
     assert length.calls == 4
     assert (one.__name__, two.__name__) == ("first_id", "length")
+
+
+def test_a_scheduled_weight_is_in_the_values_and_the_logged_terms_are_not_weighted(rollouts_of):
+    rollouts = rollouts_of(length, weights=[{"start": 1.0, "end": 0.0, "steps": 2}])
+    (reward,) = rollouts.reward_functions()
+    for step, factor in enumerate((1.0, 0.5, 0.0)):
+        rollouts.begin()
+        position = [2 * step, 2 * step, 2 * step + 1, 2 * step + 1]
+        assert reward(completion_ids=[[1], [1, 2], [3], [4]], position=position) == [factor * n for n in (1, 2, 1, 1)]
+        assert rollouts.scores.terms["length"].tolist() == [[1, 2], [1, 1]]
+        assert rollouts.scores.total.tolist() == [[factor, 2 * factor], [factor, factor]]
 
 
 def test_the_next_batch_is_scored_anew_even_where_its_ids_are_the_same(rollouts_of):

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -27,6 +28,14 @@ def step_end(step):
 def contents(folder):
     files = [path for path in folder.rglob("*") if path.is_file() and path.name != "events.jsonl"]
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+
+
+def test_what_rewards_wrote_down_is_stored_beside_the_completion(run_folder):
+    end = step_end(12)
+    scores = replace(end.scores, extra={"found": (("4", None),)})
+    JsonlSink(run_folder).step(replace(end, scores=scores))
+    rows = read_jsonl(run_folder.stage("grpo").rollouts / "step-000012.jsonl")
+    assert [row["extra"] for row in rows] == [{"found": "4"}, {"found": None}]
 
 
 def test_a_step_is_logged_with_its_metrics_times_and_completions(run_folder):
