@@ -1,14 +1,19 @@
 """What the commands do, between the command line and the parts; imported only when a command runs."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from grpo_lab.assemble import assemble
-from grpo_lab.bundled import find_recipe
+from grpo_lab.assemble import Plan, assemble
+from grpo_lab.bench.cases import cases_beside, run_cases, show_cases
+from grpo_lab.bench.named import named_reward
+from grpo_lab.bench.recipes import recipe_report
+from grpo_lab.bench.rescore import rescored
+from grpo_lab.bench.tables import show_recipe_report, show_rescored
+from grpo_lab.bundled import find_recipe, shipped_recipes
 from grpo_lab.compare import report, runs
 from grpo_lab.errors import RecipeError, UsageError
 from grpo_lab.inspection import describe_plan, show_plan
@@ -16,6 +21,8 @@ from grpo_lab.pipeline import quiet_libraries, train_recipe
 from grpo_lab.policy.load import load_policy
 from grpo_lab.recipe import LoadedRecipe, Recipe, load
 from grpo_lab.recipe.schema import GrpoStage, Model
+from grpo_lab.scoring import bind, discover
+from grpo_lab.scoring.composition import in_words
 from grpo_lab.stages.grpo import measure_policy
 from grpo_lab.stages.plan import GrpoPlan
 from grpo_lab.summary import show, summarise
@@ -67,17 +74,28 @@ def validate(recipes: Sequence[str], *, as_json: bool) -> int:
     results = []
     for recipe in recipes:
         try:
-            assemble(load(find_recipe(recipe)))
-            results.append({"recipe": recipe, "problems": []})
+            plan = assemble(load(find_recipe(recipe)))
+            results.append({"recipe": recipe, "problems": [], "rewards": reward_ranges(plan)})
         except RecipeError as error:
             results.append({"recipe": recipe, "problems": error.problems})
     console = Console()
     if as_json:
         print_json(results)
     for result in [] if as_json else results:
-        for line in result["problems"] or [f"{result['recipe']}: fine"]:
+        stages = [f"  {name}: reward {said}" for name, said in result.get("rewards", {}).items()]
+        for line in result["problems"] or [f"{result['recipe']}: fine", *stages]:
             console.print(line, markup=False, highlight=False, soft_wrap=True)
     return 3 if any(result["problems"] for result in results) else 0
+
+
+def reward_ranges(plan: Plan) -> dict[str, str]:
+    """For every GRPO stage in words: the range of the total, and what each term adds to it."""
+    return {
+        stage.name: f"{in_words(stage.rewards.range)} = "
+        + " + ".join(f"{term.label} ({in_words(term.weighted_range)})" for term in stage.rewards.terms)
+        for stage in plan.stages
+        if isinstance(stage, GrpoPlan)
+    }
 
 
 def evaluate(
@@ -110,6 +128,69 @@ def evaluate(
         print_json({"target": target, "stage": found.name, "metrics": result.metrics})
     else:
         show_metrics(result.metrics, Console())
+
+
+def check_reward(
+    target: str,
+    overrides: Sequence[str],
+    *,
+    cases: Path | None,
+    options: Sequence[str],
+    plugins: Sequence[Path],
+    stage: str | None,
+    limit: int,
+    as_json: bool,
+) -> bool:
+    """One reward against written cases, or a recipe's reward against its own data; whether everything passed."""
+    quiet_libraries()
+    if cases is None and target.endswith(".py") and cases_beside(target).is_file():
+        cases = cases_beside(target)
+    if cases is not None:
+        if overrides:
+            raise UsageError(f"{' '.join(overrides)}: overrides are for recipes; a reward takes --options key=value")
+        found = run_cases(named_reward(target, options, plugins), cases)
+        show_found: Callable[[Any, Console], None] = show_cases
+    else:
+        if options or plugins or target.endswith(".py"):
+            raise UsageError(f"{target}: a reward is tested with --cases FILE, a recipe takes key=value overrides only")
+        found = recipe_report(assemble(load(find_recipe(target), overrides)), stage=stage, limit=limit)
+        show_found = show_recipe_report
+    if as_json:
+        print_json(found)
+    else:
+        show_found(found, wide_console())
+    return bool(found["passed"])
+
+
+def score_again(
+    run: Path, *, other: str, options: Sequence[str], plugins: Sequence[Path], stage: str | None, as_json: bool
+) -> None:
+    """A run's stored answers under another recipe's reward, or another reward."""
+    quiet_libraries()
+    if not (run / RUN).is_file():
+        raise UsageError(f"{run}: is no run folder")
+    base = run / "base"
+    plan = assemble(load(run / RESOLVED), tokenizer_folder=base if base.exists() else None)
+    stages = [each for each in plan.stages if isinstance(each, GrpoPlan) and stage in (None, each.name)]
+    if not stages:
+        raise UsageError(f"{run}: no GRPO stage{'' if stage is None else f' {stage}'}")
+    chosen = stages[-1]
+    shipped = {path.stem for path in shipped_recipes()}
+    if other.endswith((".yaml", ".yml")) or other in shipped:
+        recipe = load(find_recipe(other)).recipe
+        same = {name: each for name, each in recipe.stages.items() if isinstance(each, GrpoStage)}
+        if not same:
+            raise UsageError(f"{other}: has no GRPO stage")
+        name = chosen.name if chosen.name in same else list(same)[-1]
+        rewards = bind(same[name].reward_terms, discover(recipe.plugins))
+        said = f"scored with stage {name} of {other}"
+    else:
+        rewards, said = named_reward(other, options, plugins), f"scored with {' '.join([other, *options])}"
+    found = rescored(run, plan, chosen, rewards, said=said)
+    if as_json:
+        print_json(found)
+    else:
+        show_rescored(found, wide_console())
 
 
 def measured_stage(recipe: Recipe, name: str | None) -> str:

@@ -21,7 +21,7 @@ FLOORS = [
     {"engines"},
     {"stages"},
     {"assemble", "pipeline", "inspection", "summary"},
-    {"compare"},
+    {"compare", "bench"},
     {"commands", "cli"},
 ]
 SHARED = {0, 5, 7}  # on these floors neighbours may import each other; on the others they never do

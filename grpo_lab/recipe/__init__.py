@@ -1,6 +1,6 @@
 """Recipes: what they may say (schema.py), how they are read (load.py) and written out (resolved.py)."""
 
-from grpo_lab.recipe.load import LoadedRecipe, load, load_recipe
+from grpo_lab.recipe.load import LoadedRecipe, load, load_recipe, written_value
 from grpo_lab.recipe.problems import SourceMap, did_you_mean
 from grpo_lab.recipe.resolved import difference, resolved_yaml
 from grpo_lab.recipe.schema import Recipe
@@ -14,4 +14,5 @@ __all__ = [
     "load",
     "load_recipe",
     "resolved_yaml",
+    "written_value",
 ]

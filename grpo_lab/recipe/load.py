@@ -179,6 +179,11 @@ def _override_value(text: str, place: Place) -> Node:
         raise RecipeError(place.problem((), "too large a number; quote it if it is text")) from None
 
 
+def written_value(text: str, source: str) -> object:
+    """A value as overrides write it: a number, true, false, null, text, or yaml in brackets. `source` is for errors."""
+    return _override_value(text.strip(), Place(source, os.getcwd(), override=())).plain()
+
+
 def _put(node: Node, loc: Loc, new: Node, done: Loc) -> Node:
     """The tree with `new` at `loc`; mappings on the way are made where nothing is written."""
     if not loc:
