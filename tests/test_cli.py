@@ -223,27 +223,34 @@ def test_a_dry_run_shows_the_sizes_of_the_steps_that_were_asked_for(cli, toy_rec
 # validate
 
 
+TOY_REWARDS = "  grpo: reward at most 1 = accuracy (0 to 1) + length (at most 0)\n"
+
+
 def test_validate_says_what_is_fine_and_what_is_not(cli, toy_recipe, here):
     bad = toy_recipe.with_name("bad.yaml")
     bad.write_text(toy_recipe.read_text().replace("name: length", "name: lenght"))
     ran = cli("validate", toy_recipe, bad)
     assert (ran.code, ran.err) == (3, "")
     assert ran.out == (
-        f"{toy_recipe}: fine\n"
+        f"{toy_recipe}: fine\n{TOY_REWARDS}"
         f'{bad}:25:10: stages.grpo.rewards[1].name: unknown reward "lenght"; did you mean "length"?\n'
     )
     assert listing(here) == []
 
 
 def test_validate_is_0_when_all_are_fine(cli, toy_recipe):
-    assert cli("validate", toy_recipe, toy_recipe) == (0, f"{toy_recipe}: fine\n" * 2, "")
+    assert cli("validate", toy_recipe, toy_recipe) == (0, f"{toy_recipe}: fine\n{TOY_REWARDS}" * 2, "")
 
 
 def test_validate_as_json_lists_every_recipe(cli, toy_recipe):
     ran = cli("validate", toy_recipe, "nowhere.yaml", "--json")
     assert ran.code == 3
     fine, missing = json.loads(ran.out)
-    assert fine == {"recipe": f"{toy_recipe}", "problems": []}
+    assert fine == {
+        "recipe": f"{toy_recipe}",
+        "problems": [],
+        "rewards": {"grpo": "at most 1 = accuracy (0 to 1) + length (at most 0)"},
+    }
     assert missing["problems"][0].startswith('no recipe or file "nowhere.yaml" (shipped: ')
 
 
@@ -293,7 +300,8 @@ def test_rewards_are_listed_with_options_and_columns(cli):
     rows = {row["name"]: row for row in json.loads(cli("rewards", "ls", "--json").out)}
     assert {"accuracy", "format", "length"} <= rows.keys()
     assert rows["accuracy"]["columns"] == ["answer"]
-    assert rows["length"]["options"]["target"] == {"type": "int", "default": 100}
+    assert rows["length"]["options"]["target"] == {"type": "int", "default": 100, "doc": ""}
+    assert rows["length"]["version"].startswith("grpo-lab ")
     out = cli("rewards", "ls").out
     assert "\n    needs the column answer\n" in out
     assert "\n    option target: int = 100\n" in out

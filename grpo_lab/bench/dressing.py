@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 from grpo_lab.data.fields import text_field
 from grpo_lab.errors import RecipeError
-from grpo_lab.recipe.schema import Recipe, SftStage
 from grpo_lab.scoring import RewardSet
 from grpo_lab.text import boxed, tag
 from grpo_lab.types import Completion, Example, Group
@@ -48,11 +47,10 @@ def gold_of(columns: Mapping[str, Any], names: Sequence[str]) -> str | None:
     return None
 
 
-def demonstration(recipe: Recipe, row: Mapping[str, Any], gold: str | None, tags: Sequence[str]) -> str | None:
-    """The completion that a supervised stage of the recipe learns from this row, else the row's own solution; with the
-    gold answer in its place, as demonstrations may be wrong. None where there is no such place."""
-    specs = [stage.data.completion for stage in recipe.stages.values() if isinstance(stage, SftStage)]
-    for spec in [*(spec for spec in specs if spec is not None), *OWN_COLUMNS]:
+def demonstration(row: Mapping[str, Any], specs: Sequence[str], gold: str | None, tags: Sequence[str]) -> str | None:
+    """What a supervised stage would learn from this row (`specs` are such stages' data.completion), else the row's own
+    solution; with the gold answer in its place, as demonstrations may be wrong. None where there is no such place."""
+    for spec in [*specs, *OWN_COLUMNS]:
         try:
             text = text_field(row, spec, "completion")
         except RecipeError:  # these columns belong to other data

@@ -17,9 +17,11 @@ from grpo_lab.bench.dressing import EPSILON, Row
 from grpo_lab.bench.probes import GOLD, OWN, WRONG, is_junk
 from grpo_lab.data.sources import load_rows
 from grpo_lab.errors import UsageError
+from grpo_lab.recipe.schema import SftStage
 from grpo_lab.scoring import BoundTerm, RewardSet, bind
 from grpo_lab.scoring.calls import FAILURES
 from grpo_lab.scoring.composition import in_words, summed, weighted
+from grpo_lab.scoring.mark import BATCH_PARAMETERS
 from grpo_lab.stages.plan import GrpoPlan
 from grpo_lab.types import Completion, Group, Scores
 
@@ -93,7 +95,7 @@ def stage_report(plan: Plan, stage: GrpoPlan, *, limit: int) -> dict[str, Any]:
         "agreement": agreement(plan, bench),
         "milliseconds_per_call": timing,
         "examples": {name: texts[name][0] for name in names},
-        "passed": all(each["passed"] for each in checks),
+        "passed": all(each["result"] != "FAIL" for each in checks),
     }
 
 
@@ -104,24 +106,27 @@ def rows_of(plan: Plan, stage: GrpoPlan, limit: int, tags: Sequence[str]) -> lis
     columns = ["answer", *(name for term in stage.rewards.terms for name in term.reward.columns)]
     examples = list(islice(stage.prompts.items, limit))
     golds = [dressing.gold_of(example.columns, columns) for example in examples]
+    specs = [each.data.completion for each in recipe.stages.values() if isinstance(each, SftStage)]
+    specs = [spec for spec in specs if spec is not None]
     kept = [index for index, gold in enumerate(golds) if gold is not None] or range(len(examples))
     return [
-        Row(examples[index], golds[index], dressing.demonstration(recipe, own[index], golds[index], tags))
+        Row(examples[index], golds[index], dressing.demonstration(own[index], specs, golds[index], tags))
         for index in kept
     ]
 
 
 def _reads_data(rewards: RewardSet, rows: Sequence[Row]) -> bool:
     """Whether any reward that counts looks at the data, so that it can tell right from wrong."""
-    columns = set(rows[0].example.columns)
+    columns = set(rows[0].example.columns) - set(BATCH_PARAMETERS)
+    gates = {term.only_if for term in rewards.terms}
+    counting = [term.reward for term in rewards.terms if term.weight_at() != 0 or term.label in gates]
     return any(
-        term.reward.columns or term.reward.takes_all_columns or columns & term.reward.named - set(term.reward.options)
-        for term in rewards.terms
-        if term.weight_at() != 0 or any(other.only_if == term.label for other in rewards.terms)
+        reward.columns or reward.takes_all_columns or (reward.scope == "completions" and columns & reward.named)
+        for reward in counting
     )
 
 
-def call_times(term: BoundTerm, groups: Sequence[Group]) -> dict[str, float]:
+def call_times(term: BoundTerm, groups: Sequence[Group]) -> dict[str, float | int]:
     """The median and the 95th percentile of a call's milliseconds, and how many calls; before anything is cached."""
     alone = RewardSet((replace(term, only_if=None),))
     calls = [groups] if term.reward.scope == "completions" else [[group] for group in groups]
@@ -144,10 +149,16 @@ def means(bench: Bench, scores: Scores, name: str) -> dict[str, float | None]:
     return {label: None if values.isnan().all() else float(values.nanmean()) for label, values in found.items()}
 
 
-def check(name: str, failures: Sequence[str], passed: str) -> dict[str, Any]:
+def check(name: str, failures: Sequence[str], passed: str, *, shown: int = NUM_SHOWN) -> dict[str, Any]:
     """A check's outcome in words: what holds, or the first failures and how many there are."""
-    more = f"; {len(failures) - NUM_SHOWN} more" if len(failures) > NUM_SHOWN else ""
-    return {"check": name, "passed": not failures, "detail": "; ".join(failures[:NUM_SHOWN]) + more or passed}
+    more = f"; {len(failures) - shown} more" if len(failures) > shown else ""
+    detail = "; ".join(failures[:shown]) + more or passed
+    return {"check": name, "result": "FAIL" if failures else "pass", "detail": detail}
+
+
+def not_asked(name: str, why: str) -> dict[str, Any]:
+    """A check that makes no sense here."""
+    return {"check": name, "result": "not asked", "detail": why}
 
 
 def scored(bench: Bench, scores: Scores) -> dict[str, Any]:
@@ -163,10 +174,10 @@ def scored(bench: Bench, scores: Scores) -> dict[str, Any]:
 def golds(bench: Bench, scores: Scores) -> dict[str, Any]:
     """Every gold answer gets the maximum, if that is known."""
     if GOLD not in bench.names:
-        return check("golds reach the maximum", [], "not asked: the data has no gold answers that rewards read")
+        return not_asked("golds reach the maximum", "the data has no gold answers that rewards read")
     totals = bench.of(scores.total, GOLD)
     if not math.isfinite(bench.maximum):
-        return check("golds reach the maximum", [], "not asked: a reward declares no highest value (range in its mark)")
+        return not_asked("golds reach the maximum", "a reward declares no highest value (range in its mark)")
     failures = [
         f"{row.example.id}: {total:.6g} of {bench.maximum:.6g} ({_short_terms(bench, scores, index)})"
         for index, (row, total) in enumerate(zip(bench.rows, totals.tolist(), strict=True))
@@ -195,16 +206,15 @@ def junk(bench: Bench, scores: Scores) -> dict[str, Any]:
                 failures.append(
                     f'"{name}" pays like a gold on {int(high.sum())} rows, e.g. {bench.rows[first].example.id}'
                 )
-    return check(
-        "junk stays below", failures, f"{sum(is_junk(name, judged=bench.judged) for name in bench.names)} kinds"
-    )
+    asked = [name for name in bench.names if is_junk(name, judged=bench.judged)]
+    return check("junk stays below", failures, f"{len(asked)} kinds", shown=len(asked))
 
 
 def wrong(bench: Bench, scores: Scores) -> dict[str, Any]:
     """A wrong answer in the right form gets less than the gold, and on average no less than no answer at all."""
     name = "wrong answers score between"
     if GOLD not in bench.names or not bench.judged:
-        return check(name, [], "not asked: no reward with a weight reads the data, so none can tell right from wrong")
+        return not_asked(name, "no reward with a weight reads the data, so none can tell right from wrong")
     totals, empty = bench.of(scores.total, WRONG), bench.of(scores.total, "empty")
     paid = totals >= bench.of(scores.total, GOLD) - EPSILON
     failures = [
@@ -232,7 +242,7 @@ def ranges(bench: Bench, scores: Scores) -> dict[str, Any]:
 def repeatable(bench: Bench, scores: Scores) -> dict[str, Any]:
     """Scored again, everything is the same."""
     if any(term.reward.may_keep_state for term in bench.rewards.terms):
-        return check("the same again", [], "not asked of rewards that may keep a state")
+        return not_asked("the same again", "of rewards that may keep a state")
     again = bench.rewards.score(bench.groups)
     return check("the same again", _differences(scores, again, torch.arange(len(bench.names))), "deterministic")
 
@@ -240,7 +250,7 @@ def repeatable(bench: Bench, scores: Scores) -> dict[str, Any]:
 def orderly(bench: Bench, scores: Scores) -> dict[str, Any]:
     """Rows and siblings in another order get the same."""
     if any(term.reward.may_keep_state for term in bench.rewards.terms):
-        return check("the same in another order", [], "not asked of rewards that may keep a state")
+        return not_asked("the same in another order", "of rewards that may keep a state")
     turned = [replace(group, completions=group.completions[::-1]) for group in reversed(bench.groups)]
     found = bench.rewards.score(turned)
     back = replace(found, terms={name: values.flip(0) for name, values in found.terms.items()})

@@ -106,7 +106,8 @@ def distribution(values: Tensor) -> dict[str, float | None]:
 def order_changes(blocks: Sequence[Any], before: Tensor, after: Tensor) -> dict[str, Any]:
     """Pairs of siblings whose order turned round, and the groups with most of them.
 
-    A pair counts where both rewards tell the two apart; `best_changed` counts groups whose best answers are now others.
+    A pair counts where both rewards tell the two apart; `best_changed` counts groups none of whose best answers is
+    among the best now.
     """
     turned, pairs, best = [], 0, 0
     for old, new in zip(before, after, strict=True):
@@ -114,7 +115,7 @@ def order_changes(blocks: Sequence[Any], before: Tensor, after: Tensor) -> dict[
         both = (one * other).triu(1)
         turned.append(int((both == -1).sum()))
         pairs += int((both.abs() == 1).sum())
-        best += _best(old) != _best(new)
+        best += not _best(old) & _best(new)
     changed = sorted((index for index, count in enumerate(turned) if count), key=lambda index: -turned[index])
     order = {"pairs": pairs, "pairs_turned": sum(turned), "groups": len(blocks)}
     order |= {"groups_changed": len(changed), "best_changed": best}

@@ -22,16 +22,14 @@ def show_recipe_report(found: Mapping[str, Any], console: Console) -> None:
             )
         console.print(_probes(stage))
         for each in stage["checks"]:
-            line = f"{'pass' if each['passed'] else 'FAIL'}  {each['check']}: {safe(each['detail'])}"
+            line = f"{each['result']:9}  {each['check']}: {safe(each['detail'])}"
             console.print(line, markup=False, highlight=False, soft_wrap=True)
         for warning in stage["warnings"]:
-            console.print(f"note  {safe(warning)}", markup=False, highlight=False, soft_wrap=True)
+            console.print(f"note       {safe(warning)}", markup=False, highlight=False, soft_wrap=True)
         for term, shares in stage["agreement"].items():
-            console.print(f"      {term}: {_agreement(shares)}", markup=False, highlight=False, soft_wrap=True)
+            console.print(f"           {term}: {_agreement(shares)}", markup=False, highlight=False, soft_wrap=True)
         for term, times in stage["milliseconds_per_call"].items():
-            line = (
-                f"      {term}: {times['p50']:.3g} ms a call (p50), {times['p95']:.3g} ms (p95), {times['calls']} calls"
-            )
+            line = f"           {term}: {times['p50']:.3g} ms a call (p50), {times['p95']:.3g} ms (p95), {times['calls']} calls"
             console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
