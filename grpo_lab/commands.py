@@ -151,7 +151,7 @@ def check_reward(
         found = run_cases(named_reward(target, options, plugins), cases)
         show_found: Callable[[Any, Console], None] = show_cases
     else:
-        if options or plugins or target.endswith(".py"):
+        if options or plugins or target.endswith(".py") or target in discover().names():
             raise UsageError(f"{target}: a reward is tested with --cases FILE, a recipe takes key=value overrides only")
         found = recipe_report(assemble(load(find_recipe(target), overrides)), stage=stage, limit=limit)
         show_found = show_recipe_report

@@ -127,7 +127,7 @@ def _reads_data(rewards: RewardSet, rows: Sequence[Row]) -> bool:
 
 
 def call_times(term: BoundTerm, groups: Sequence[Group]) -> dict[str, float | int]:
-    """The median and the 95th percentile of a call's milliseconds, and how many calls; before anything is cached."""
+    """The median and the 95th percentile of a call's milliseconds, and how many calls. Only golds were scored before."""
     alone = RewardSet((replace(term, only_if=None),))
     calls = [groups] if term.reward.scope == "completions" else [[group] for group in groups]
     if term.reward.scope == "completion":

@@ -45,7 +45,7 @@ def _probes(stage: Mapping[str, Any]) -> Table:
 
 
 def _agreement(shares: Mapping[str, float]) -> str:
-    differing = ", ".join(f"{name} {share:.0%}" for name, share in shares.items() if share < 1)
+    differing = ", ".join(f'"{name}" ({share:.0%})' for name, share in shares.items() if share < 1)
     return f"strict and lenient agree on all but {differing}" if differing else "strict and lenient agree on all"
 
 

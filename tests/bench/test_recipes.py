@@ -165,6 +165,7 @@ def test_a_failed_check_exits_1_with_its_line(cli, toy_recipe):
             ("quickstart", "stages.warm_start.data.limit=80", "stages.grpo.data.limit=40", "--stage", "x"),
             "no GRPO stage x; there are: grpo",
         ),
+        (("length",), "length: a reward is tested with --cases FILE"),
         (("length", "a=1", "--cases", "c.jsonl"), "a=1: overrides are for recipes"),
     ],
 )

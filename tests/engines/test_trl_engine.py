@@ -33,7 +33,7 @@ stages:
     engine: trl
     data: {source: task, path: addition, prompt: prompt, answer: {column: answer}, options: {digits: 1, size: 10}}
     sampling: {num_generations: 4, max_completion_length: 6}
-    rewards: [{name: share}, {name: accuracy, weight: 0.5}]
+    rewards: [{name: share}, {name: accuracy, weight: 0.5}, {name: counted, weight: 0.0}]
     algorithm: {beta: 0.04, num_iterations: 2, num_minibatches: 2}
     prompts_per_step: 4
     micro_batch_size: 5
@@ -60,6 +60,21 @@ def share(completion):
     if ask.exists() and calls[0] == int(ask.read_text()):
         os.kill(os.getpid(), signal.SIGTERM)
     return sum(token % 2 for token in completion.token_ids) / len(completion.token_ids)
+
+class Counted:
+    calls = 0
+
+    def __call__(self, completion):
+        self.calls += 1
+        return float(self.calls)
+
+    def state_dict(self):
+        return self.calls
+
+    def load_state_dict(self, state):
+        self.calls = state
+
+counted = reward(Counted())
 """
 
 
@@ -176,6 +191,8 @@ def test_resume_goes_on_from_the_last_checkpoint_with_the_next_prompts(world, co
     assert [line["learning_rate"] for line in lines] == [line["learning_rate"] for line in expected]
     assert lines[4]["kl"] == pytest.approx(expected[4]["kl"], rel=0.5)  # to the stage's start, not to the checkpoint
     assert read_json(copied / "run.json")["status"] == "finished"
+    states = [read_json(path / "grpo" / "checkpoints" / "checkpoint-24" / "rewards.json") for path in (copied, whole)]
+    assert states == [{"counted": 6 * 16 + 3 * 4 * 2}] * 2  # six steps, and three evaluations, greedy and sampled
 
 
 def test_a_damaged_checkpoint_is_left_out_and_one_cut_short_is_no_checkpoint(world, copied):
