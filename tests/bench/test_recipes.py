@@ -87,6 +87,13 @@ def test_a_reward_that_takes_the_last_of_many_guesses_is_found_out(report):
     assert '"gold repeated" pays like a gold on 6 rows' in result(stage, "junk stays below")[1]
 
 
+def test_junk_that_is_paid_like_its_gold_is_found_out_where_the_maximum_is_unknown(report):
+    code = "@reward\ndef anywhere(completion, *, answer):\n    return float(answer in completion.text)\n"
+    stage = report("{name: anywhere}", "{name: format}", code=code)
+    assert stage["maximum"] is None
+    assert '"guesses in one place" pays like a gold on 6 rows' in result(stage, "junk stays below")[1]
+
+
 def test_golds_that_are_not_paid_are_named_with_the_term_that_lacks(report):
     code = '@reward(range=(0, 1))\ndef picky(completion, *, answer):\n    return float(f"<answer> {answer}" in completion.text)\n'
     stage = report("{name: picky}", "{name: format}", code=code)
