@@ -116,7 +116,8 @@ def test_differences_are_told_by_path(toy):
         "stages.a.data.options.sizes: [1, 2.5] -> (absent)",
         'stages.a.data.options.more: (absent) -> "x"',
         "stages.a.rewards[0].weight: 1.0 -> 2.0",
-        'stages.a.rewards[1]: {"name": "format", "weight": 1.0, "only_if": null, "options": {}, "label": null} -> (absent)',
+        'stages.a.rewards[1]: {"name": "format", "weight": 1.0, "scale": 1.0, "clip": null, '
+        '"only_if": null, "options": {}, "label": null} -> (absent)',
         "stages.a.algorithm.beta: 0.0 -> 0.1",
     ]
 

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from grpo_lab.errors import RewardError
+from grpo_lab.errors import RecipeError, RewardError
+from grpo_lab.recipe import load_recipe, resolved_yaml
 from grpo_lab.recipe.schema import RewardTerm, WeightSchedule
 from grpo_lab.scoring import BoundTerm, RewardSet, discover
 from grpo_lab.scoring.mark import read_reward, reward
@@ -89,6 +90,16 @@ def test_the_recipes_words_reach_the_term_and_a_clip_without_room_is_refused():
     for clip in ((1.0, 1.0), (2.0, 1.0)):
         with pytest.raises(ValueError, match="lowest below highest"):
             RewardTerm(name="length", clip=clip)
+
+
+def test_a_schedule_in_a_recipe_is_written_out_and_read_again_and_a_wrong_key_is_named(toy_recipe):
+    terms = "stages.grpo.rewards=[{name: length, clip: [null, 0.5], weight: {start: 1, end: 0, steps: 5}}]"
+    recipe = load_recipe(toy_recipe, [terms])
+    assert recipe.stages["grpo"].rewards[0].weight == WeightSchedule(start=1.0, end=0.0, steps=5)
+    toy_recipe.write_text(resolved_yaml(recipe))
+    assert load_recipe(toy_recipe).stages == recipe.stages
+    with pytest.raises(RecipeError, match=r"weight.stop: unknown key"):
+        load_recipe(toy_recipe, ["stages.grpo.rewards=[{name: length, weight: {start: 1, stop: 0, steps: 5}}]"])
 
 
 # what TRL hands to rewards
