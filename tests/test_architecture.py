@@ -15,7 +15,7 @@ PACKAGE = ROOT / "grpo_lab"
 
 # From the ground up. A name is a module or a folder of `grpo_lab`; a module imports from lower floors and its own folder.
 FLOORS = [
-    {"types", "errors", "seeds", "text", "padding", "bundled", "algorithm", "recipe"},
+    {"types", "errors", "seeds", "text", "padding", "bundled", "algorithm", "recipe", "attention"},
     {"scoring", "policy", "sampling", "data", "tracking"},
     {"batching", "evaluate"},
     {"engines"},

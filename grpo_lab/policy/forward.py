@@ -7,17 +7,25 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from grpo_lab.algorithm.linear_logps import linear_logps
 from grpo_lab.algorithm.logps import entropy, selected_logps
+from grpo_lab.attention.interface import NotPackableError, packed_arguments
+from grpo_lab.attention.layout import PackedBatch, spread
+from grpo_lab.attention.packed import PackedAttention
+from grpo_lab.attention.probe import parts, why_plain
 from grpo_lab.types import Batch, LogpsAndEntropy, Policy
 
 
 class PolicyForward(nn.Module):
     """The one module that is wrapped for training: a batch in, log-probs and entropy [N, T] in nats out.
 
-    All logits are divided by the sampling temperature, for the policy, the old and the reference policy alike. The LM
-    head runs on completion positions only. Positions come from the mask, so left padding is exact for absolute
-    embeddings too. Columns beyond a row's length hold finite values without meaning. The entropy has a gradient only if
-    asked for (`entropy_gradient`): it keeps another [N, T, V] tensor for the backward pass.
+    All logits are divided by the sampling temperature, for the policy, the old and the reference policy alike. Columns
+    beyond a row's length hold finite values without meaning. The entropy has a gradient only if asked for
+    (`entropy_gradient`).
+
+    Where the model allows it a batch is computed packed: each prompt once, each real token once, each needed logit
+    once, and never more logits than a stated bound. Elsewhere it is computed plainly, row by row with padding, and
+    `plain_because` says why.
     """
 
     def __init__(self, model: nn.Module, *, temperature: float, entropy_gradient: bool = False) -> None:
@@ -25,23 +33,66 @@ class PolicyForward(nn.Module):
         self.model = model
         self.temperature = temperature
         self.entropy_gradient = entropy_gradient
+        self.plain_because: str | None = None
 
     def forward(self, batch: Batch) -> LogpsAndEntropy:
-        width = batch.completion_ids.shape[1]
-        prompt_ids, prompt_mask = batch.prompt_ids[batch.prompt_index], batch.prompt_mask[batch.prompt_index]
-        mask = torch.cat([prompt_mask, batch.completion_mask], dim=1).long()
-        logits = self.model(
-            input_ids=torch.cat([prompt_ids, batch.completion_ids], dim=1),
-            attention_mask=mask,
-            position_ids=(mask.cumsum(1) - 1).clamp(min=0),
-            use_cache=False,
-            logits_to_keep=width + 1,
-        ).logits[:, :-1]  # the logits at column t-1 predict the token at column t
-        if self.temperature != 1.0:
-            logits = logits.float() / self.temperature  # bfloat16 would round the quotient; the sampler does not
-        with torch.set_grad_enabled(self.entropy_gradient and torch.is_grad_enabled()):
-            spread = entropy(logits)
-        return LogpsAndEntropy(selected_logps(logits, batch.completion_ids), spread)
+        self.plain_because = None
+        try:
+            return packed_forward(self.model, batch, temperature=self.temperature)
+        except NotPackableError as reason:
+            self.plain_because = str(reason)
+        return plain_forward(self.model, batch, temperature=self.temperature, entropy_gradient=self.entropy_gradient)
+
+
+def packed_forward(model: nn.Module, batch: Batch, *, temperature: float) -> LogpsAndEntropy:
+    """Log-probs and entropy of a batch laid out as one row without padding; both with their gradients.
+
+    Raises:
+        NotPackableError: the model is not one that can be computed so, or not with texts as long as these.
+    """
+    reason = why_plain(model)
+    if reason is not None:
+        raise NotPackableError(reason)
+    packed = PackedBatch.of(batch)
+    decoder, head = parts(model)
+    arguments = packed_arguments(packed.ids[None], packed.positions[None], PackedAttention(packed))
+    hidden = decoder(**arguments).last_hidden_state[0]
+    out = linear_logps(
+        hidden.index_select(0, packed.predicted_at),
+        head.weight,
+        head.bias,
+        batch.completion_ids[batch.completion_mask],
+        packed.logits_row,
+        temperature=temperature,
+    )
+    return LogpsAndEntropy(spread(out.logps, batch), spread(out.entropy[packed.logits_row], batch))
+
+
+def plain_forward(
+    model: nn.Module, batch: Batch, *, temperature: float, entropy_gradient: bool = False
+) -> LogpsAndEntropy:
+    """The same, row by row: right for every decoder, whatever its attention.
+
+    Positions come from the mask, so left padding is exact for absolute embeddings too. The LM head runs on completion
+    positions only. The entropy's gradient would keep another [N, T, V] tensor, so it is there only if asked for.
+    """
+    width = batch.completion_ids.shape[1]
+    prompt_ids, prompt_mask = batch.prompt_ids[batch.prompt_index], batch.prompt_mask[batch.prompt_index]
+    mask = torch.cat([prompt_mask, batch.completion_mask], dim=1).long()
+    logits = model(
+        input_ids=torch.cat([prompt_ids, batch.completion_ids], dim=1),
+        attention_mask=mask,
+        position_ids=(mask.cumsum(1) - 1).clamp(min=0),
+        use_cache=False,
+        logits_to_keep=width + 1,
+    ).logits[:, :-1]  # the logits at column t-1 predict the token at column t
+    if temperature != 1.0:
+        logits = (
+            logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+        )  # bfloat16 would round the quotient; the sampler does not
+    with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
+        undecided = entropy(logits)
+    return LogpsAndEntropy(selected_logps(logits, batch.completion_ids), undecided)
 
 
 @torch.no_grad()
