@@ -1,13 +1,14 @@
 """Forward passes: log-probs of completions, with gradient for the policy and without for old and reference policies."""
 
 import copy
+from itertools import pairwise
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from grpo_lab.algorithm.linear_logps import linear_logps
+from grpo_lab.algorithm.linear_logps import LOGITS_HELD, linear_logps
 from grpo_lab.algorithm.logps import entropy, selected_logps
 from grpo_lab.attention.interface import NotPackableError, packed_arguments
 from grpo_lab.attention.layout import PackedBatch, spread
@@ -42,6 +43,23 @@ class PolicyForward(nn.Module):
         except NotPackableError as reason:
             self.plain_because = str(reason)
         return plain_forward(self.model, batch, temperature=self.temperature, entropy_gradient=self.entropy_gradient)
+
+    def micro_batches(self, batch: Batch, size: int | None) -> list[tuple[int, int]]:
+        """Where to cut a batch: `size` rows each, or whole groups whose logits can be held for the backward pass."""
+        if size is not None:
+            return [(start, min(start + size, batch.num_rows)) for start in range(0, batch.num_rows, size)]
+        vocabulary = self.model.get_output_embeddings().weight.shape[0]
+        tokens = batch.completion_mask.sum(1)
+        if why_plain(self.model) is not None:
+            tokens = torch.full_like(tokens, batch.completion_ids.shape[1])
+        cuts, held = [0], 0
+        for start, stop in _groups(batch.prompt_index.tolist()):
+            logits = int(tokens[start:stop].sum()) * vocabulary
+            if held > 0 and held + logits > LOGITS_HELD:
+                cuts.append(start)
+                held = 0
+            held += logits
+        return list(pairwise([*cuts, batch.num_rows]))
 
 
 def packed_forward(model: nn.Module, batch: Batch, *, temperature: float) -> LogpsAndEntropy:
@@ -95,19 +113,23 @@ def plain_forward(
     return LogpsAndEntropy(selected_logps(logits, batch.completion_ids), undecided)
 
 
+def _groups(prompt_index: list[int]) -> list[tuple[int, int]]:
+    """Runs of rows with the same prompt, as (start, stop)."""
+    starts = [row for row, prompt in enumerate(prompt_index) if row == 0 or prompt != prompt_index[row - 1]]
+    return list(pairwise([*starts, len(prompt_index)]))
+
+
 @torch.no_grad()
 def without_gradient(forward: PolicyForward, batch: Batch, *, micro_batch_size: int | None = None) -> LogpsAndEntropy:
     """Log-probs and entropy [N, T] in micro-batches, padded back to the batch's width with zeros."""
-    size = micro_batch_size or batch.num_rows
     logps = torch.zeros(batch.completion_ids.shape, device=batch.completion_ids.device)
-    spread = torch.zeros_like(logps)
-    for start in range(0, batch.num_rows, size):
-        rows = batch.rows(start, min(start + size, batch.num_rows))
-        out = forward(rows)
-        logps[start : start + size, : out.logps.shape[1]] = out.logps
-        spread[start : start + size, : out.entropy.shape[1]] = out.entropy
+    undecided = torch.zeros_like(logps)
+    for start, stop in forward.micro_batches(batch, micro_batch_size):
+        out = forward(batch.rows(start, stop))
+        logps[start:stop, : out.logps.shape[1]] = out.logps
+        undecided[start:stop, : out.entropy.shape[1]] = out.entropy
     outside = ~batch.completion_mask
-    return LogpsAndEntropy(logps.masked_fill(outside, 0.0), spread.masked_fill(outside, 0.0))
+    return LogpsAndEntropy(logps.masked_fill(outside, 0.0), undecided.masked_fill(outside, 0.0))
 
 
 def completion_logps(

@@ -314,7 +314,7 @@ class StageBase(Block):
     steps: PositiveInt
     """Steps of the stage."""
     micro_batch_size: PositiveInt | None = None
-    """Rows held in memory at once; never changes the result. null = all of a step."""
+    """Rows held in memory at once; never changes the result. null = as many as keep their logits under 256 MiB."""
     optimizer: Optimizer
     """How weights move."""
     checkpoint: Checkpoint = Checkpoint()

@@ -10,6 +10,7 @@ from typing import Any
 
 from grpo_lab.engines.learner import Learner
 from grpo_lab.errors import StopRequested
+from grpo_lab.policy.forward import PolicyForward
 from grpo_lab.policy.load import write_policy
 from grpo_lab.recipe import Recipe
 from grpo_lab.recipe.schema import Checkpoint, Evaluation
@@ -130,6 +131,19 @@ def evaluating(settings: Evaluation | None, measure: Callable[[int], None]) -> C
             measure(end.step)
 
     return after_step
+
+
+def saying_plain(context: Context, forward: PolicyForward) -> Callback:
+    """Say once that the model is computed the slow way, and why."""
+    said: list[str] = []
+
+    def say(end: StepEnd) -> None:
+        if forward.plain_because is not None and not said:
+            said.append(forward.plain_because)
+            message = f"prompts and padding are computed for every row, several times slower: {forward.plain_because}"
+            context.sinks.event(end.stage, end.step, "note", message, {})
+
+    return say
 
 
 def reporting(*callbacks: Callback) -> Callback:
