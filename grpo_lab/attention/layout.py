@@ -6,6 +6,7 @@ see what stands before them in the run) and crossings (tokens of completions tha
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -112,6 +113,22 @@ class PackedBatch:
             logits_row=torch.tensor(logits_row, device=device),
             longest=max((prompts[p] + n for p, n in zip(of_prompt, lengths, strict=True)), default=0),
         )
+
+
+def packed_prompts(prompts: Sequence[Sequence[int]], device: torch.device) -> PackedBatch:
+    """Prompts alone, one after the other; the logits that are needed are those of their ends."""
+    lengths = [len(prompt) for prompt in prompts]
+    starts = _starts(lengths)
+    runs = [[range(start, stop)] for start, stop in pairwise(starts)]
+    return PackedBatch(
+        ids=torch.tensor([token for prompt in prompts for token in prompt], device=device),
+        positions=torch.tensor(_ramps([0] * len(prompts), lengths), device=device),
+        segments=tuple(_tables(runs, device)),
+        crossings=(),
+        predicted_at=torch.tensor([stop - 1 for stop in starts[1:]], device=device),
+        logits_row=torch.arange(len(prompts), device=device),
+        longest=max(lengths),
+    )
 
 
 def spread(values: Float[Tensor, "K"], batch: Batch) -> Float[Tensor, "N T"]:

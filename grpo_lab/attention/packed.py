@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from grpo_lab.attention.layout import Crossing, PackedBatch, Segments
 
-_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 # What padding's log-sum-exp is said to be: exp(score - this) is 0, so padding has no part in a gradient.
 _NO_PART = 1e30
 
@@ -52,12 +52,12 @@ class _PackedFunction(torch.autograd.Function):
         heads = q.shape[1]
         for segments in packed.segments:
             tables = [_table(tensor, segments, heads) for tensor in (q, k, v)]
-            part, part_lse = _flash(*tables, 0.0, True, scale=scaling)
+            part, part_lse = flash(*tables, 0.0, True, scale=scaling)
             _put(out, part, segments)
             _put(lse, part_lse, segments)
         for crossing in packed.crossings:
             rows = crossing.rows
-            part, part_lse = _flash(*_crossed(q, k, v, crossing), scale=scaling)
+            part, part_lse = flash(*_crossed(q, k, v, crossing), scale=scaling)
             part_lse = part_lse[0].T  # [rows, H]
             joined = torch.logaddexp(lse[rows], part_lse)
             out[rows] *= (lse[rows] - joined).exp()[..., None]
@@ -75,13 +75,13 @@ class _PackedFunction(torch.autograd.Function):
         for segments in ctx.packed.segments:  # every token is in one segment, so these fill all places
             g, tq, tk, tv, o = (_table(tensor, segments, heads) for tensor in (grad, q, k, v, out))
             table_lse = _table(lse, segments, heads).masked_fill_(segments.filling[:, None], _NO_PART)
-            parts = _flash_backward(g, tq, tk, tv, o, table_lse, 0.0, True, scale=ctx.scaling)
+            parts = flash_backward(g, tq, tk, tv, o, table_lse, 0.0, True, scale=ctx.scaling)
             for whole, part in zip(grads, parts, strict=True):
                 _put(whole, _fewer_heads(part, whole.shape[1]), segments)
         for crossing in ctx.packed.crossings:
             rows, prompt = crossing.rows, crossing.prompt
             tables = _crossed(q, k, v, crossing)
-            parts = _flash_backward(
+            parts = flash_backward(
                 _row(grad[rows]), *tables, _row(out[rows]), lse[rows].T[None], 0.0, False, scale=ctx.scaling
             )
             for whole, part, places in zip(grads, parts, (rows, prompt, prompt), strict=True):

@@ -6,9 +6,13 @@ from transformers import LogitsProcessorList, MinPLogitsWarper, TopKLogitsWarper
 from transformers.generation.logits_process import TemperatureLogitsWarper
 
 from grpo_lab.recipe.schema import Sampling
-from grpo_lab.sampling.decoding import Decoding, group_noise, inverse_cdf, sampling_logps
+from grpo_lab.sampling.decoding import Decoding, filtered, group_noise, inverse_cdf
 
 BELOW_ONE = 1 - 2**-24  # the largest float32 below 1, which torch.rand can return
+
+
+def sampling_logps(logits, decoding):
+    return filtered(logits, decoding).log_softmax(-1)
 
 
 def logits_of(*probs):
