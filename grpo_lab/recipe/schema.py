@@ -314,7 +314,8 @@ class StageBase(Block):
     steps: PositiveInt
     """Steps of the stage."""
     micro_batch_size: PositiveInt | None = None
-    """Rows held in memory at once; never changes the result. null = as many as keep their logits under 256 MiB."""
+    """Rows held in memory at once; never changes the result. null = as many as a bound on tokens (4096)
+    and on logits (256 MiB) allows, whole groups at a time."""
     optimizer: Optimizer
     """How weights move."""
     checkpoint: Checkpoint = Checkpoint()
