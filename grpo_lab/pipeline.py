@@ -77,11 +77,14 @@ def _run_stages(plan: Plan, run: RunFolder, files: JsonlSink, sinks: Sinks, stop
         else:
             if isinstance(stage, GrpoPlan) and stage.stage.engine == "trl":
                 run.mark_inexact(INEXACT)
-            context = Context(plan.recipe, plan.tokenizer, folder, start, files, sinks, stop)
+            context = Context(plan.recipe, plan.tokenizer, folder, start, files, sinks, stop, run.mark_inexact)
             if isinstance(stage, SftPlan):
                 run_sft(context, stage)
             else:
-                run_grpo(context, stage)
+                with stage.workers as workers:  # they start while the model loads
+                    workers.log = folder.path / "rewards.log"
+                    workers.start(stage.rewards.terms)
+                    run_grpo(context, stage)
         start = folder.final
 
 

@@ -1,17 +1,20 @@
-"""Rewards: how they are marked (mark.py), found (registry.py), checked against a recipe (terms.py), called (calls.py)
-and combined (reward_set.py), and when their failures stop a run (budget.py)."""
+"""Rewards: how they are marked (mark.py), found (registry.py), checked against a recipe (terms.py), called (calls.py,
+users' ones in processes of their own: workers.py, nursery.py) and combined (reward_set.py), and when their failures stop a run (budget.py)."""
 
 from grpo_lab.scoring.budget import check_budget
 from grpo_lab.scoring.mark import Reward, reward
 from grpo_lab.scoring.registry import Registry, discover
 from grpo_lab.scoring.reward_set import RewardSet, bind
 from grpo_lab.scoring.terms import BoundTerm, problems
+from grpo_lab.scoring.workers import Settings, Workers
 
 __all__ = [
     "BoundTerm",
     "Registry",
     "Reward",
     "RewardSet",
+    "Settings",
+    "Workers",
     "bind",
     "check_budget",
     "discover",
