@@ -1,0 +1,10 @@
+"""Started as a bare interpreter's script; only this small file is compiled anew each time."""
+
+import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+from harness import main  # type: ignore[import-not-found]  # noqa: E402
+
+del sys.path[0]
+main()
