@@ -67,7 +67,9 @@ def enter_namespaces(folder_bytes: int) -> None:
 def _needed() -> list[str]:
     """What a Python program reads: the standard library, and the shared libraries its modules load."""
     libraries = os.path.join(sys.base_prefix, "lib")
-    return [path for path in (os.path.dirname(os.__file__), "/lib", "/lib64", "/usr/lib", libraries) if os.path.isdir(path)]
+    return [
+        path for path in (os.path.dirname(os.__file__), "/lib", "/lib64", "/usr/lib", libraries) if os.path.isdir(path)
+    ]
 
 
 def _mount(source: str, target: str, kind: "str | None", flags: int, data: "str | None" = None) -> None:
@@ -189,9 +191,11 @@ def close_all_but(*kept: int) -> None:
 def probe() -> "dict[str, bool]":
     """What a confined program can in truth do: each is tried."""
     return {
-        "network": _works(lambda: socket.create_connection(("127.0.0.1", 9), timeout=1), refused=ConnectionRefusedError),
+        "network": _works(
+            lambda: socket.create_connection(("127.0.0.1", 9), timeout=1), refused=ConnectionRefusedError
+        ),
         "files": _works(lambda: os.listdir("/etc")),
-        "writes": any([_works(lambda path=path: os.close(os.open(path, os.O_WRONLY))) for path in _PRECIOUS])
+        "writes": any(_works(lambda path=path: os.close(os.open(path, os.O_WRONLY))) for path in _PRECIOUS)
         or _works(lambda: os.mkdir("/var/tmp/grpo-lab-probe")),
         "processes": _works(lambda: os.kill(os.getppid() or 1, 0)) and os.getppid() != 0,
         "fork": _works(_fork),

@@ -10,19 +10,29 @@ import json
 import os
 import select
 import signal
-import sys
 import time
 import traceback
 
-from confine import (  # type: ignore[import-not-found]
-    close_all_but,
-    die_with_parent,
-    drop_privileges,
-    enter_namespaces,
-    filter_calls,
-    probe,
-    set_limits,
-)
+if __package__:
+    from grpo_lab.sandbox.confine import (
+        close_all_but,
+        die_with_parent,
+        drop_privileges,
+        enter_namespaces,
+        filter_calls,
+        probe,
+        set_limits,
+    )
+else:  # in the sandbox, where there is no grpo_lab
+    from confine import (  # type: ignore[import-not-found,no-redef]
+        close_all_but,
+        die_with_parent,
+        drop_privileges,
+        enter_namespaces,
+        filter_calls,
+        probe,
+        set_limits,
+    )
 
 MAX_ANSWER = 1 << 20  # bytes of one answer
 MAX_DEPTH = 50

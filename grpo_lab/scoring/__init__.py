@@ -2,7 +2,7 @@
 users' ones in processes of their own: workers.py, nursery.py) and combined (reward_set.py), and when their failures stop a run (budget.py)."""
 
 from grpo_lab.scoring.budget import check_budget
-from grpo_lab.scoring.mark import Reward, reward
+from grpo_lab.scoring.mark import Reward, checked_by, reward
 from grpo_lab.scoring.registry import Registry, discover
 from grpo_lab.scoring.reward_set import RewardSet, bind
 from grpo_lab.scoring.terms import BoundTerm, problems
@@ -17,6 +17,7 @@ __all__ = [
     "Workers",
     "bind",
     "check_budget",
+    "checked_by",
     "discover",
     "problems",
     "reward",

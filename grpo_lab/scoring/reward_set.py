@@ -10,7 +10,7 @@ import torch
 from grpo_lab.recipe.schema import RewardTerm
 from grpo_lab.scoring.calls import FAILURES, GATED, LARGEST, Job, Outcome, call
 from grpo_lab.scoring.registry import Registry
-from grpo_lab.scoring.terms import BoundTerm, bound_terms, gate_order
+from grpo_lab.scoring.terms import BoundTerm, bound_terms, gate_order, note
 from grpo_lab.scoring.workers import Workers, is_users
 from grpo_lab.types import Completion, Example, Group, Scores
 
@@ -38,6 +38,11 @@ class RewardSet:
     def names(self) -> list[str]:
         """The terms' names in metrics, in the recipe's order."""
         return [term.label for term in self.terms]
+
+    def notes(self) -> list[str]:
+        """What a person should know of these rewards before a stage: for example how programs are isolated."""
+        said = {term.label: note(term.reward, term.options or {}) for term in self.terms}
+        return [f'reward "{label}" {text}' for label, text in said.items() if text]
 
     def score(self, groups: Sequence[Group]) -> Scores:
         """The weighted sum of all terms for every completion, and each term with its status.
