@@ -68,6 +68,8 @@ def isolation() -> tuple[Isolation, str]:
     if "probe" not in found:
         return "none", str(found.get("sandbox", "the sandbox does not start"))
     can = found["probe"]
+    if "raised" in can:
+        return "none", f"programs cannot be run in the sandbox: {can['raised']}"
     if not (can["network"] or can["files"] or can["writes"] or can["processes"]):
         return "full", ""
     if not (can["network"] or can["writes"] or can["processes"] or can["fork"]):

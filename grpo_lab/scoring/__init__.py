@@ -1,5 +1,6 @@
-"""Rewards: how they are marked (mark.py), found (registry.py), checked against a recipe (terms.py), called (calls.py,
-users' ones in processes of their own: workers.py, nursery.py) and combined (reward_set.py), and when their failures stop a run (budget.py)."""
+"""Rewards: how they are marked (mark.py), found (registry.py), checked against a recipe (terms.py), called (calls.py;
+users' ones in processes of their own: workers.py, processes.py, nursery.py) and combined (reward_set.py), and when their
+failures stop a run (budget.py)."""
 
 from grpo_lab.scoring.budget import check_budget
 from grpo_lab.scoring.mark import Reward, checked_by, reward

@@ -1,166 +1,33 @@
 """Users' rewards in processes of their own: with a deadline, killed and started again, and with their output kept.
 
-What a worker runs is in nursery.py. A reward has its own workers, so its state is its own, and calls go to them in a fixed
-order, whatever the timing: the values are those of calls in this process.
+What a worker runs is in nursery.py, how one is started and spoken to in processes.py. A reward has its own workers, so
+its state is its own, and calls go to them in a fixed order, whatever the timing: the values are those of calls here.
 """
 
 import inspect
-import json
 import math
-import os
-import pickle
 import selectors
 import signal
-import socket
-import subprocess
 import sys
-import tempfile
 import time
-import weakref
-from collections import deque
 from collections.abc import Mapping, Sequence
-from functools import cache
-from itertools import chain, count
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from grpo_lab.bundled import rewards_folder
 from grpo_lab.errors import RewardError
 from grpo_lab.scoring.calls import Job, Outcome
-from grpo_lab.scoring.nursery import COMMAND, END, FORK, STATUS, Order, Stateful, packed
+from grpo_lab.scoring.nursery import Order, Stateful
+from grpo_lab.scoring.processes import LOAD_SECONDS, WorkerProcess
 from grpo_lab.scoring.terms import BoundTerm
 
-LOAD_SECONDS = 120.0  # for importing a plugin; the packages it needs may be large
 HANGS = 3  # calls in a row over the deadline after which the rest of a batch is not tried
-MAX_OUTPUT = 1 << 16  # bytes of a worker's output that are kept per batch
-_START = "import json, socket, sys; sys.path[:] = json.loads(sys.argv[2]); from grpo_lab.scoring.nursery import nurse; "
-_START += "nurse(socket.socket(fileno=int(sys.argv[1])))"
 
 
 def is_users(term: BoundTerm) -> bool:
     """Whether a reward is a user's: from a plugin, an installed package or a dotted path, not shipped with grpo-lab."""
     return term.reward.path.resolve().parent != rewards_folder().resolve()
-
-
-class _Nursery:
-    """The trainer's end of the nursery (see nursery.py)."""
-
-    def __init__(self) -> None:
-        self._control, theirs = socket.socketpair()
-        self._numbers = count()
-        # a worker a core: libraries that start a thread per core in each of them would only wait for each other
-        environment = {"OMP_NUM_THREADS": "1", **os.environ}
-        process = subprocess.Popen(
-            [sys.executable, "-c", _START, str(theirs.fileno()), json.dumps(sys.path)],
-            pass_fds=[theirs.fileno()],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            env=environment,
-            start_new_session=True,  # Ctrl-C at the terminal is for the trainer
-        )
-        theirs.close()
-        weakref.finalize(self, _close, self._control, process)  # at exit at the latest
-
-    def fork(self, channel: socket.socket, output: int) -> int:
-        """Have a worker forked at the other end of these; its number."""
-        number = next(self._numbers)
-        socket.send_fds(self._control, [COMMAND.pack(FORK, number)], [channel.fileno(), output])
-        return number
-
-    def end(self, number: int) -> int:
-        """Kill a worker and all it started; how it ended if it already had, as `subprocess` says it."""
-        self._control.sendall(COMMAND.pack(END, number))
-        return int(STATUS.unpack(self._control.recv(STATUS.size, socket.MSG_WAITALL))[0])
-
-
-@cache
-def _nursery() -> _Nursery:
-    """The one of this process, started when it is first needed; it leaves when this process does."""
-    return _Nursery()
-
-
-def _close(control: socket.socket, process: subprocess.Popen[bytes]) -> None:
-    control.close()  # which tells the nursery to leave
-    process.wait()
-
-
-class _Worker:
-    """One worker process as the trainer sees it, and the calls that it still owes."""
-
-    def __init__(self, order: Order) -> None:
-        self.order = order
-        self.owed: deque[int] = deque()
-        self.idle = True  # owes neither calls nor the state after them
-        self._start()
-
-    def _start(self) -> None:
-        self.channel, theirs = socket.socketpair()
-        self._output = tempfile.TemporaryFile("a+b")  # noqa: SIM115 - as long as the process
-        self._number = _nursery().fork(theirs, self._output.fileno())
-        theirs.close()
-        self._buffer = b""
-        self.ready = False
-        self.deadline = time.monotonic() + LOAD_SECONDS
-        self._send(self.order)
-
-    def _send(self, value: Any) -> None:
-        self.channel.settimeout(LOAD_SECONDS)
-        try:
-            self.channel.sendall(packed(value))
-        except (BrokenPipeError, ConnectionResetError, TimeoutError):
-            pass  # it is dead or hangs, as reading from it will say
-        finally:
-            self.channel.settimeout(0)
-
-    def give(self, jobs: Sequence[Job], rows: Sequence[int], seconds: float) -> None:
-        """Ask for these calls, in this order."""
-        self.owed, self.idle = deque(rows), False
-        if self.ready:
-            self.deadline = time.monotonic() + seconds
-        try:
-            self._send([tuple(jobs[row]) for row in rows])
-        except (pickle.PicklingError, TypeError, AttributeError) as error:
-            message = f'reward "{self.order.label}": the data cannot be sent to its process: {error}'
-            raise RewardError(message) from error
-
-    def read(self) -> list[dict[str, Any]] | None:
-        """What it has said since; None when it is dead, or says what no worker says."""
-        try:
-            data = self.channel.recv(1 << 20)
-        except BlockingIOError:
-            return []
-        except ConnectionResetError:
-            data = b""
-        *lines, self._buffer = (self._buffer + data).split(b"\n")
-        try:
-            messages = [json.loads(line) for line in lines]
-        except ValueError:
-            return None
-        return messages if data or messages else None
-
-    def end(self) -> int:
-        """Kill it."""
-        self.channel.close()
-        return _nursery().end(self._number)
-
-    def restart(self, state: Any) -> None:
-        """Put a new process in the place of one that was ended."""
-        self._output.close()
-        self.order = self.order._replace(state=state)
-        self._start()
-
-    def trim(self) -> None:
-        """Keep endless output from filling the disk."""
-        if os.fstat(self._output.fileno()).st_size > 16 * MAX_OUTPUT:
-            self._output.truncate(0)
-
-    def output(self) -> str:
-        """What it printed since the last time; the end of it, if that was much."""
-        size = os.fstat(self._output.fileno()).st_size
-        self._output.seek(max(0, size - MAX_OUTPUT))
-        text = self._output.read().decode(errors="replace")
-        self._output.truncate(0)
-        return text
 
 
 class Settings(NamedTuple):
@@ -180,7 +47,7 @@ class Workers:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.log: Path | None = None
-        self._crews: dict[str, list[_Worker]] = {}
+        self._crews: dict[str, list[WorkerProcess]] = {}
         self._states: dict[str, Any] = {}
         self._inexact: dict[str, None] = {}
 
@@ -241,7 +108,7 @@ class Workers:
                 self.keep_output(worker, f"reward {term.label}, worker {index}")
         return [batch.outcomes[row] for row in range(len(jobs))]
 
-    def keep_output(self, worker: _Worker, title: str) -> str:
+    def keep_output(self, worker: WorkerProcess, title: str) -> str:
         """Move what a worker printed to the log."""
         text = worker.output()
         if text and self.log is not None:
@@ -250,7 +117,7 @@ class Workers:
                 file.write(f"[{title}]\n{text.rstrip()}\n")
         return text
 
-    def _crew(self, term: BoundTerm) -> list[_Worker]:
+    def _crew(self, term: BoundTerm) -> list[WorkerProcess]:
         if term.label not in self._crews:
             reward, plain = term.reward, inspect.isroutine(term.reward.function)
             if not plain and not isinstance(reward.function, Stateful):
@@ -270,7 +137,7 @@ class Workers:
             )
             # a reward with a state has one worker: several would each see a part of the calls
             num = self.settings.processes if plain else 1
-            self._crews[term.label] = [_Worker(order) for _ in range(num)]
+            self._crews[term.label] = [WorkerProcess(order) for _ in range(num)]
         return self._crews[term.label]
 
     def note_state(self, term: BoundTerm, state: Any) -> None:
@@ -296,7 +163,7 @@ class _Batch:
         self.outcomes: dict[int, list[Outcome]] = {}
         self.hangs = 0
 
-    def wait(self, crew: Sequence[_Worker]) -> None:
+    def wait(self, crew: Sequence[WorkerProcess]) -> None:
         """Until every call has its outcome and every worker is idle."""
         while busy := [worker for worker in crew if not worker.idle]:
             with selectors.DefaultSelector() as selector:
@@ -311,7 +178,7 @@ class _Batch:
                 elif time.monotonic() > worker.deadline:
                     self._too_late(worker)
 
-    def _hear(self, worker: _Worker) -> None:
+    def _hear(self, worker: WorkerProcess) -> None:
         messages = worker.read()
         if messages is None:
             self._crashed(worker, "")
@@ -321,7 +188,7 @@ class _Batch:
         except (TypeError, ValueError):
             self._crashed(worker, "wrote into the pipe that its outcomes go through")
 
-    def _take(self, worker: _Worker, messages: Sequence[dict[str, Any]]) -> None:
+    def _take(self, worker: WorkerProcess, messages: Sequence[dict[str, Any]]) -> None:
         for message in messages:
             worker.deadline = time.monotonic() + self.seconds
             if "ready" in message:
@@ -344,7 +211,7 @@ class _Batch:
             else:
                 raise ValueError(f"not the turn for {message}")
 
-    def _crashed(self, worker: _Worker, reason: str) -> None:
+    def _crashed(self, worker: WorkerProcess, reason: str) -> None:
         code = worker.end()
         if not reason:
             reason = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
@@ -353,7 +220,7 @@ class _Batch:
             raise RewardError(f'reward "{self.term.label}" cannot be loaded: its process {reason}. {said}')
         self._lost(worker, "crashed", f"crashed: its process {reason}")
 
-    def _too_late(self, worker: _Worker) -> None:
+    def _too_late(self, worker: WorkerProcess) -> None:
         worker.end()
         if not worker.ready:
             raise RewardError(f'reward "{self.term.label}" did not load in {LOAD_SECONDS:g} s')
@@ -361,7 +228,7 @@ class _Batch:
         self.hangs += 1
         self._lost(worker, "timeout", f"took longer than {self.seconds:g} s (reward_timeout_seconds)")
 
-    def _lost(self, worker: _Worker, status: str, reason: str) -> None:
+    def _lost(self, worker: WorkerProcess, status: str, reason: str) -> None:
         """The call in progress has failed; another process goes on with the rest."""
         said = self.workers.keep_output(worker, f"reward {self.term.label}, a worker that {reason}").strip()
         if said:

@@ -133,27 +133,29 @@ def test_a_good_verdict_cannot_be_had_without_the_right_answers(program):
     assert time.monotonic() - start < LIMITS.wall_seconds + 6
 
 
-def test_the_tests_are_nowhere_in_the_programs_process():
-    """It searches all of its memory for a word that the tests hold, having been called by them."""
-    found = verdict(
-        """
-        import gc, ctypes
-        def f(x):
-            word = "hidden" + "-7351"
-            for each in gc.get_objects():
-                try:
-                    if word in repr(each): return True
-                except Exception: pass
-            blocks = [line.split() for line in open("/proc/self/maps")] if __import__("os").path.exists("/proc") else []
-            for block in blocks:
-                if "r" in block[1] and "[v" not in block[-1]:
-                    low, high = (int(end, 16) for end in block[0].split("-"))
-                    if word.encode()[:-1] + b"1" in ctypes.string_at(low, high - low): return True
-            return False
-        """,
-        "SECRET = 'hidden-7351'\nassert f(3) is True",
+SEARCH = """
+import gc, sys
+def f(x):
+    frame, found = sys._getframe(), [vars(module) for module in sys.modules.values()] + gc.get_objects()
+    while frame:
+        found += [frame.f_globals, frame.f_locals, frame.f_code.co_consts]
+        frame = frame.f_back
+    for each in found:
+        try:
+            if "1537-neddih" in repr(each)[::-1]: return True
+        except Exception: pass
+    return False
+"""
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_the_tests_are_nowhere_in_the_programs_process(there):
+    """It searches what it can reach for a word of the tests that call it; put there by hand, it finds it."""
+    planted = "".join(["x = ['hidden", "-7351']\n"]) if there else ""
+    assert (
+        verdict(planted + SEARCH, "SECRET = 'hidden-7351'\nassert f(3) is True", LIMITS._replace(cpu_seconds=5)).passed
+        == there
     )
-    assert found.reason == "a test failed (line 2 of the tests)"
 
 
 # Programs that try to get out. `f` says whether it could: the tests want True, so a passed verdict is an escape.
