@@ -84,8 +84,6 @@ def _run_stages(plan: Plan, run: RunFolder, files: JsonlSink, sinks: Sinks, stop
                 with stage.workers as workers:  # they start while the model loads
                     workers.log = folder.path / "rewards.log"
                     workers.start(stage.rewards.terms)
-                    for note in stage.rewards.notes():
-                        sinks.event(stage.name, 0, "info", note, {})
                     run_grpo(context, stage)
         start = folder.final
 

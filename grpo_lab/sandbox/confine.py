@@ -116,7 +116,7 @@ def set_limits(*, cpu_seconds: int, memory_bytes: int, file_bytes: int, open_fil
         resource.RLIMIT_FSIZE: file_bytes,
         resource.RLIMIT_NOFILE: open_files,
         resource.RLIMIT_CORE: 0,
-        resource.RLIMIT_NPROC: 64,
+        resource.RLIMIT_NPROC: 1024,  # of the whole user; where calls are filtered there is no fork anyway
     }
     for which, limit in limits.items():
         hard = resource.getrlimit(which)[1]

@@ -11,7 +11,7 @@ from grpo_lab.sampling.decoding import Decoding
 from grpo_lab.seeds import derive_seed
 from grpo_lab.stages.advice import Advice
 from grpo_lab.stages.plan import GrpoPlan
-from grpo_lab.stages.running import Context, admitting, checkpointing, evaluating, finish, reporting, resume
+from grpo_lab.stages.running import Context, admitting, checkpointing, evaluating, finish, reporting, resume, say_notes
 from grpo_lab.types import Callback, Policy, StepEnd
 
 
@@ -37,6 +37,7 @@ def run_grpo(context: Context, plan: GrpoPlan) -> None:
     )
     moving = reference if stage.algorithm.reference_refresh is not None else None
     start = resume(context, plan.name, policy, learner, moving_reference=moving, workers=plan.workers)
+    say_notes(context, plan.name, start, plan.rewards)
 
     def measure(step: int) -> None:
         result = measure_policy(policy, plan, seed=recipe.seed)

@@ -13,7 +13,7 @@ from grpo_lab.errors import StopRequested
 from grpo_lab.policy.load import write_policy
 from grpo_lab.recipe import Recipe
 from grpo_lab.recipe.schema import Checkpoint, Evaluation
-from grpo_lab.scoring import Workers
+from grpo_lab.scoring import RewardSet, Workers
 from grpo_lab.tracking.checkpoints import load_latest, optimizer_state, optimizer_tensors, save_checkpoint
 from grpo_lab.tracking.files import write_json
 from grpo_lab.tracking.folders import save_folder_atomic
@@ -131,6 +131,12 @@ def checkpointing(
         context.stop.check(f"after step {end.step} of stage {end.stage}, saved")
 
     return save
+
+
+def say_notes(context: Context, stage: str, step: int, rewards: RewardSet) -> None:
+    """Put on record what a person should know of a stage's rewards. After `resume`, which cuts the record."""
+    for note in rewards.notes():
+        context.sinks.event(stage, step, "info", note, {})
 
 
 def admitting(context: Context, workers: Workers) -> Callback:
