@@ -4,6 +4,7 @@ failures stop a run (budget.py)."""
 
 from grpo_lab.scoring.budget import check_budget
 from grpo_lab.scoring.mark import Reward, checked_by, reward
+from grpo_lab.scoring.processes import start_nursery
 from grpo_lab.scoring.registry import Registry, discover
 from grpo_lab.scoring.reward_set import RewardSet, bind
 from grpo_lab.scoring.terms import BoundTerm, problems
@@ -22,4 +23,5 @@ __all__ = [
     "discover",
     "problems",
     "reward",
+    "start_nursery",
 ]

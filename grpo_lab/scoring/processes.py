@@ -56,6 +56,11 @@ class Nursery:
         return int(STATUS.unpack(self._control.recv(STATUS.size, socket.MSG_WAITALL))[0])
 
 
+def start_nursery() -> None:
+    """Start what forks workers, which takes a second or two, before they are needed."""
+    _nursery()
+
+
 @cache
 def _nursery() -> Nursery:
     """The one of this process, started when it is first needed; it leaves when this process does."""

@@ -18,7 +18,12 @@ ROOT = Path(__file__).parents[2]
 HUMANEVAL = Path(os.environ.get("GRPO_LAB_DATA", ROOT.parent / "shared" / "data")) / "humaneval" / "HumanEval.jsonl.gz"
 LIMITS = Limits(cpu_seconds=1, wall_seconds=3.0, memory_mib=512, folder_mib=4)
 
-needs_full = pytest.mark.skipif(isolation()[0] != "full", reason=f"isolation here: {isolation()}")
+# Asked of the machine and not of the sandbox, which might have a hole: mount, user, process and network namespaces.
+UNSHARE = "import ctypes, os; flags = 0x60020000 | (0x10000000 if os.geteuid() else 0); os._exit(ctypes.CDLL(None).unshare(flags) != 0)"
+HAS_NAMESPACES = subprocess.run([sys.executable, "-c", UNSHARE], check=False).returncode == 0
+needs_full = pytest.mark.skipif(
+    not HAS_NAMESPACES or os.uname().machine != "x86_64", reason="no namespaces or no x86_64 here"
+)
 
 
 def verdict(program: str, test: str, limits: Limits = LIMITS, **more):
@@ -181,7 +186,7 @@ ESCAPES = {
     "hard link out of its folder": "os.link('CANARY', 'mine')",
     "climbs out": "os.chdir('/'); [os.chdir('..') for _ in range(50)]; open('.CANARY').read()",
     "chroot and out": "os.mkdir('d'); os.chroot('d'); [os.chdir('..') for _ in range(50)]; open('.CANARY').read()",
-    "fills the memory": "x = [bytearray(2**26) for _ in range(64)]",
+    "fills the memory": "import mmap; mmap.mmap(-1, 2**31)",
     "fills the disk": "for i in range(64):\n    with open(f'/tmp/{i}', 'wb') as file: file.write(bytes(2**20))",
     "fills the file table": "for i in range(100_000): open(f'/tmp/{i}', 'w').close()",
     "kills its parent": "os.kill(os.getppid(), 9)",
@@ -228,6 +233,11 @@ def test_there_is_no_way_out(action, tmp_path, monkeypatch):
     assert not found.reason.startswith(("NameError", "SyntaxError", "the program cannot be run"))
     assert canary.read_text() == "gold"
     assert list(tmp_path.iterdir()) == [canary]
+
+
+@needs_full
+def test_a_machine_with_namespaces_isolates_fully():
+    assert isolation() == ("full", "")
 
 
 def test_no_process_is_left(tmp_path):
