@@ -62,7 +62,7 @@ FAULTS = {
     "exits": ("os._exit(0)", "crashed", "crashed: its process ended with exit code 0"),
     "segfaults": ("__import__('ctypes').string_at(0)", "crashed", "crashed: its process was killed by SIGSEGV"),
     "is interrupted": ("raise KeyboardInterrupt", "crashed", "crashed: its process ended with exit code 1"),
-    "eats memory": ("[bytearray(2**26) for _ in range(64)]", "crashed", "crashed: its process ran out of memory"),
+    "eats memory": ("bytearray(2**31)", "crashed", "crashed: its process ran out of memory"),
     "floods the output": (
         "[os.write(1, b'x' * 4096) for _ in iter(int, 1)]", "timeout", "took longer than 1 s"
     ),
