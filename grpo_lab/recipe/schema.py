@@ -361,6 +361,12 @@ class GrpoStage(StageBase):
     """P: prompts per step."""
     max_failed_rewards: Fraction = 0.25
     """The run stops when more than this share of a step's completions could not be scored."""
+    reward_workers: PositiveInt = 1
+    """Processes of each reward that is not shipped with grpo-lab (a plugin's, a package's, a dotted path's)."""
+    reward_timeout_seconds: Annotated[float, Field(gt=0)] = 60.0
+    """The most seconds of one call of such a reward, whatever it scores; its process is then killed and replaced."""
+    reward_memory_gib: Annotated[float, Field(gt=0)] | None = None
+    """Memory that such a process may take for itself; null = no limit but the machine's."""
 
     @property
     def reward_terms(self) -> list[RewardTerm]:

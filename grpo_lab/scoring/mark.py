@@ -19,6 +19,7 @@ BATCH_PARAMETERS = ("prompts", "completions", "completion_ids")
 # TRL's trainer also passes these. Nothing true can be given for them here, so a function must be able to do without.
 TRL_EXTRAS = ("trainer_state", "log_extra", "log_metric", "environments")
 _MARK = "grpo_lab_reward"
+_CHECK = "grpo_lab_check"
 
 
 def reward(function: Function) -> Function:
@@ -34,6 +35,20 @@ def reward(function: Function) -> Function:
     """
     function.__dict__[_MARK] = True
     return function
+
+
+def checked_by(check: Callable[..., str]) -> Callable[[Function], Function]:
+    """Have `check(**options)` called before anything is scored, with the recipe's options and the defaults of others.
+
+    It returns what a person should know of the reward at the start of a stage (or an empty text), and raises RecipeError
+    for options that do not go together, SetupError for what the machine lacks.
+    """
+
+    def mark(function: Function) -> Function:
+        function.__dict__[_CHECK] = check
+        return function
+
+    return mark
 
 
 def is_marked(function: object) -> bool:
@@ -68,6 +83,7 @@ class Reward:
     sha256: str
     named: frozenset[str] = frozenset()
     takes_all_columns: bool = False
+    check: Callable[..., str] | None = field(default=None, repr=False)
 
     def describe(self) -> dict[str, Any]:
         """What `grpo-lab rewards ls` shows; plain values only."""
@@ -113,6 +129,7 @@ def read_reward(function: Any, *, name: str, source: str) -> Reward:
         path=path,
         sha256=digest,
         named=frozenset(parameters),
+        check=vars(function).get(_CHECK) if inspect.isfunction(function) else None,
         takes_all_columns=batched and any(each.kind is Parameter.VAR_KEYWORD for each in parameters.values()),
     )
 

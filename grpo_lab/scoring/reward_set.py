@@ -8,34 +8,41 @@ from typing import Any
 import torch
 
 from grpo_lab.recipe.schema import RewardTerm
-from grpo_lab.scoring.calls import FAILURES, GATED, LARGEST, Outcome, call
+from grpo_lab.scoring.calls import FAILURES, GATED, LARGEST, Job, Outcome, call
 from grpo_lab.scoring.registry import Registry
-from grpo_lab.scoring.terms import BoundTerm, bound_terms, gate_order
+from grpo_lab.scoring.terms import BoundTerm, bound_terms, gate_order, note
+from grpo_lab.scoring.workers import Workers, is_users
 from grpo_lab.types import Completion, Example, Group, Scores
 
 # Names that the batched contract gives a meaning of its own, so a column of that name is not passed; as in TRL.
 _RESERVED = frozenset({"prompt", "prompts", "completion", "completions", "completion_ids"})
 
 
-def bind(terms: Sequence[RewardTerm], registry: Registry) -> "RewardSet":
-    """The recipe's rewards, ready to score.
+def bind(terms: Sequence[RewardTerm], registry: Registry, workers: Workers | None = None) -> "RewardSet":
+    """The recipe's rewards, ready to score: users' ones in `workers`, or in this process without them.
 
     Raises:
         RecipeError: every unknown reward, wrong option and circular gate, one line each.
     """
-    return RewardSet(bound_terms(terms, registry))
+    return RewardSet(bound_terms(terms, registry), workers)
 
 
 @dataclass(frozen=True)
 class RewardSet:
-    """Scores groups with a list of terms."""
+    """Scores groups with a list of terms. With `workers`, users' rewards run there and not in this process."""
 
     terms: tuple[BoundTerm, ...]
+    workers: Workers | None = None
 
     @property
     def names(self) -> list[str]:
         """The terms' names in metrics, in the recipe's order."""
         return [term.label for term in self.terms]
+
+    def notes(self) -> list[str]:
+        """What a person should know of these rewards before a stage: for example how programs are isolated."""
+        said = {term.label: note(term.reward, term.options or {}) for term in self.terms}
+        return [f'reward "{label}" {text}' for label, text in said.items() if text]
 
     def score(self, groups: Sequence[Group]) -> Scores:
         """The weighted sum of all terms for every completion, and each term with its status.
@@ -57,7 +64,7 @@ class RewardSet:
             term = by_label[label]
             gate = outcomes[term.only_if] if term.only_if is not None else None
             is_open = [gate is None or gate[row].value > 0 for row in range(len(groups) * num_generations)]
-            outcomes[label] = _behind_gate(_score_term(term, groups, is_open), is_open)
+            outcomes[label] = _behind_gate(self._score_term(term, groups, is_open), is_open)
         totals = self._totals(outcomes, num_generations)
         shape = (len(groups), num_generations)
         return Scores(
@@ -66,6 +73,15 @@ class RewardSet:
             status={name: _by_group([each.status for each in outcomes[name]], num_generations) for name in self.names},
             reasons=_reasons({name: outcomes[name] for name in self.names}, groups),
         )
+
+    def _score_term(self, term: BoundTerm, groups: Sequence[Group], is_open: Sequence[bool]) -> list[Outcome]:
+        jobs = _jobs(term, groups, is_open)
+        calls = [job for job in jobs if isinstance(job, Job)]
+        if self.workers is not None and is_users(term):
+            made = iter(self.workers.run(term, calls))
+        else:
+            made = (call(term, job.arguments, num_completions=job.num_completions) for job in calls)
+        return [outcome for job in jobs for outcome in (next(made) if isinstance(job, Job) else job)]
 
     def _totals(self, outcomes: dict[str, list[Outcome]], num_generations: int) -> list[float]:
         """The weighted sums, row by row. A sum that is too large becomes the failure of its largest part."""
@@ -108,31 +124,26 @@ def _num_generations(groups: Sequence[Group]) -> int:
     return sizes[0]
 
 
-def _score_term(term: BoundTerm, groups: Sequence[Group], is_open: Sequence[bool]) -> list[Outcome]:
+def _jobs(term: BoundTerm, groups: Sequence[Group], is_open: Sequence[bool]) -> list[Job | list[Outcome]]:
+    """The calls to be made, and the outcomes where none is: behind a closed gate, or without a column."""
     if term.reward.scope == "completions":
-        return call(term, _batch_arguments(term, groups), num_completions=len(is_open))
+        return [Job(_batch_arguments(term, groups), len(is_open))]
     if term.reward.scope == "group":
-        return [
-            outcome
-            for group in groups
-            for outcome in _call_with_columns(term, "group", group, group.example, len(group.completions))
-        ]
+        return [_job(term, "group", group, group.example, len(group.completions)) for group in groups]
     rows = [(group.example, completion) for group in groups for completion in group.completions]
     return [
-        _call_with_columns(term, "completion", completion, example, 1)[0] if row_is_open else GATED
+        _job(term, "completion", completion, example, 1) if row_is_open else [GATED]
         for (example, completion), row_is_open in zip(rows, is_open, strict=True)
     ]
 
 
-def _call_with_columns(
+def _job(
     term: BoundTerm, scope: str, scored: Completion | Group, example: Example, num_completions: int
-) -> list[Outcome]:
+) -> Job | list[Outcome]:
     missing = [name for name in term.reward.columns if name not in example.columns]
     if missing:
-        reason = f'found no column "{missing[0]}"'
-        return [Outcome(math.nan, "error", reason)] * num_completions
-    columns = {name: example.columns[name] for name in term.reward.columns}
-    return call(term, {scope: scored, **columns}, num_completions=num_completions)
+        return [Outcome(math.nan, "error", f'found no column "{missing[0]}"')] * num_completions
+    return Job({scope: scored, **{name: example.columns[name] for name in term.reward.columns}}, num_completions)
 
 
 def _behind_gate(outcomes: list[Outcome], is_open: Sequence[bool]) -> list[Outcome]:

@@ -11,7 +11,17 @@ from grpo_lab.sampling.decoding import Decoding
 from grpo_lab.seeds import derive_seed
 from grpo_lab.stages.advice import Advice
 from grpo_lab.stages.plan import GrpoPlan
-from grpo_lab.stages.running import Context, checkpointing, evaluating, finish, reporting, resume, saying_plain
+from grpo_lab.stages.running import (
+    Context,
+    admitting,
+    checkpointing,
+    evaluating,
+    finish,
+    reporting,
+    resume,
+    say_notes,
+    saying_plain,
+)
 from grpo_lab.types import Callback, Policy, StepEnd
 
 
@@ -37,7 +47,8 @@ def run_grpo(context: Context, plan: GrpoPlan) -> None:
         micro_batch_size=stage.micro_batch_size,
     )
     moving = reference if stage.algorithm.reference_refresh is not None else None
-    start = resume(context, plan.name, policy, learner, moving_reference=moving)
+    start = resume(context, plan.name, policy, learner, moving_reference=moving, workers=plan.workers)
+    say_notes(context, plan.name, start, plan.rewards)
 
     def measure(step: int) -> None:
         result = measure_policy(policy, plan, seed=recipe.seed)
@@ -63,7 +74,8 @@ def run_grpo(context: Context, plan: GrpoPlan) -> None:
         saying_plain(context, forward),
         refreshing(stage.algorithm.reference_refresh, policy, reference),
         evaluating(stage.evaluation, measure),
-        checkpointing(context, policy, learner, stage.checkpoint, moving_reference=moving),
+        admitting(context, plan.workers),
+        checkpointing(context, policy, learner, stage.checkpoint, moving_reference=moving, workers=plan.workers),
     )
     train(parts, start=start, report=report)
     finish(context, policy, steps=stage.steps)

@@ -18,7 +18,7 @@ from grpo_lab.sampling.decoding import Decoding
 from grpo_lab.stages.advice import Advice
 from grpo_lab.stages.grpo import measure_policy
 from grpo_lab.stages.plan import GrpoPlan
-from grpo_lab.stages.running import Context, evaluating, finish, reporting
+from grpo_lab.stages.running import Context, admitting, evaluating, finish, reporting, say_notes
 from grpo_lab.tracking.files import disk_errors
 from grpo_lab.tracking.folders import MANIFEST, is_complete, seal_folder, verify_folder
 
@@ -28,6 +28,7 @@ def run_grpo_trl(context: Context, plan: GrpoPlan) -> None:
     stage, recipe = plan.stage, context.recipe
     policy = load_policy(recipe.model, context.tokenizer, seed=recipe.seed, folder=context.start)
     resumed = resume(context, plan)
+    say_notes(context, plan.name, resumed.step if resumed else 0, plan.rewards)
 
     def measure(step: int) -> None:
         result = measure_policy(policy, plan, seed=recipe.seed)
@@ -52,7 +53,12 @@ def run_grpo_trl(context: Context, plan: GrpoPlan) -> None:
         recipe.model,
         output=context.folder.checkpoints,
         resume_from=resumed.path if resumed else None,
-        report=reporting(context.sinks.step, Advice(context.sinks), evaluating(stage.evaluation, measure)),
+        report=reporting(
+            context.sinks.step,
+            Advice(context.sinks),
+            evaluating(stage.evaluation, measure),
+            admitting(context, plan.workers),
+        ),
         callbacks=[Saving(context, plan)],
     )
     finish(context, policy, steps=stage.steps)

@@ -14,6 +14,7 @@ from grpo_lab.policy.forward import PolicyForward
 from grpo_lab.policy.load import write_policy
 from grpo_lab.recipe import Recipe
 from grpo_lab.recipe.schema import Checkpoint, Evaluation
+from grpo_lab.scoring import RewardSet, Workers
 from grpo_lab.tracking.checkpoints import load_latest, optimizer_state, optimizer_tensors, save_checkpoint
 from grpo_lab.tracking.files import write_json
 from grpo_lab.tracking.folders import save_folder_atomic
@@ -64,14 +65,22 @@ class Context:
     files: JsonlSink
     sinks: Sinks
     stop: StopSignal
+    mark_inexact: Callable[[str], None]
 
 
 def resume(
-    context: Context, name: str, policy: Policy, learner: Learner, *, moving_reference: Policy | None = None
+    context: Context,
+    name: str,
+    policy: Policy,
+    learner: Learner,
+    *,
+    moving_reference: Policy | None = None,
+    workers: Workers | None = None,
 ) -> int:
     """Load the newest readable checkpoint, cut the logs back to it, and say how many steps are done.
 
-    `moving_reference` is a reference that training changes, so that it is part of the state.
+    `moving_reference` is a reference that training changes, so that it is part of the state; so are the states of rewards
+    in `workers`.
     """
     loaded = load_latest(context.folder.checkpoints)
     context.files.truncate(name, loaded.step if loaded else -1)
@@ -83,6 +92,8 @@ def resume(
     if moving_reference is not None:
         moving_reference.model.load_state_dict(dict(loaded.tensors["reference"]))
     learner.optimizer.load_state_dict(optimizer_state(loaded.tensors["optimizer"], loaded.state["optimizer"]))
+    if workers is not None:
+        workers.load_state_dict(loaded.state["rewards"])
     learner.steps_done = loaded.state["steps_done"]
     learner.skipped_in_a_row = loaded.state["skipped_in_a_row"]
     context.sinks.event(name, loaded.step, "info", f"resumed from {loaded.path.name}", {})
@@ -96,6 +107,7 @@ def checkpointing(
     settings: Checkpoint,
     *,
     moving_reference: Policy | None = None,
+    workers: Workers | None = None,
 ) -> Callback:
     """Save every `every` steps, after the last one, and when the run was asked to stop (which then happens)."""
 
@@ -113,12 +125,29 @@ def checkpointing(
                 "optimizer": values,
                 "steps_done": learner.steps_done,
                 "skipped_in_a_row": learner.skipped_in_a_row,
+                **({} if workers is None else {"rewards": workers.state_dict()}),
             },
             keep=settings.keep,
         )
         context.stop.check(f"after step {end.step} of stage {end.stage}, saved")
 
     return save
+
+
+def say_notes(context: Context, stage: str, step: int, rewards: RewardSet) -> None:
+    """Put on record what a person should know of a stage's rewards. After `resume`, which cuts the record."""
+    for note in rewards.notes():
+        context.sinks.event(stage, step, "info", note, {})
+
+
+def admitting(context: Context, workers: Workers) -> Callback:
+    """Say in run.json that the run is not exact, as soon as a reward in `workers` made it so."""
+
+    def after_step(end: StepEnd) -> None:
+        for reason in workers.inexact_because():
+            context.mark_inexact(reason)
+
+    return after_step
 
 
 def evaluating(settings: Evaluation | None, measure: Callable[[int], None]) -> Callback:
