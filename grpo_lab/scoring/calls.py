@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
-from grpo_lab.errors import RewardError, StopRequested
+from grpo_lab.errors import RewardError, SetupError, StopRequested
 from grpo_lab.scoring.mark import invoke
 from grpo_lab.scoring.terms import BoundTerm
 
@@ -39,11 +39,12 @@ def call(term: BoundTerm, arguments: Mapping[str, Any], *, num_completions: int)
 
     Raises:
         RewardError: it returned more or fewer values than completions; which belongs to which cannot be known.
+        SetupError: it needs a package that is not installed.
     """
     several = "" if term.reward.scope == "completion" else f" in one call over {num_completions} completions,"
     try:
         result = invoke(term.reward.function, {**arguments, **(term.options or {})})
-    except StopRequested:
+    except (StopRequested, SetupError):  # a missing package is not the completion's failure
         raise
     except (Exception, SystemExit) as error:  # noqa: BLE001 - user code: a failure is counted, not raised
         return [Outcome(math.nan, "error", f"raised {_described(error, term)}{several}")] * num_completions
