@@ -122,7 +122,7 @@ LESS, LEAST = {"relation": "less than"}, {"relation": "at least"}
             1.0,
         ),
         ("a b. c", NO_COMMA, {}, 1.0),
-        adversarial("a， b", NO_COMMA, {}, 0.0, id="full-width-comma"),  # noqa: RUF001
+        adversarial("a， b", NO_COMMA, {}, 0.0, id="full-width-comma"),
         adversarial("", NO_COMMA, {}, 0.0, id="silence-follows-nothing"),
         adversarial(" \n", WORDS, {"num_words": 3, **LESS}, 0.0, id="white-space-follows-nothing"),
     ],
