@@ -36,13 +36,14 @@ def squad_normalised(text: str) -> str:
 def exact_match(prediction: str, golds: Sequence[str]) -> float:
     """1.0 if the prediction equals one of the golds after `squad_normalised`, else 0.0.
 
-    No golds at all mean a question without answer: then only an empty prediction is right (SQuAD 2.0).
+    Golds of which nothing is left ("." stands in the data) do not count, as in SQuAD's own script. No gold that counts
+    means a question without answer: then only an empty prediction is right (SQuAD 2.0).
 
     >>> exact_match("the cat.", ["A cat", "dog"]), exact_match("", []), exact_match("cat", [])
     (1.0, 1.0, 0.0)
     """
     found = squad_normalised(prediction)
-    return float(any(found == squad_normalised(gold) for gold in _or_empty(golds)))
+    return float(found in _usable(golds))
 
 
 def token_f1(prediction: str, golds: Sequence[str]) -> float:
@@ -55,13 +56,14 @@ def token_f1(prediction: str, golds: Sequence[str]) -> float:
     0.6667
     """
     words = squad_normalised(prediction).split()
-    return max(_bag_f1(words, squad_normalised(gold).split()) for gold in _or_empty(golds))
+    return max(_bag_f1(words, gold.split()) for gold in _usable(golds))
 
 
-def _or_empty(golds: Sequence[str]) -> Sequence[str]:
+def _usable(golds: Sequence[str]) -> list[str]:
+    """The golds, normalised, of which something is left; without any, the empty answer."""
     if isinstance(golds, str):
         raise TypeError("golds should be a list of texts, not one text")
-    return golds or [""]
+    return [gold for gold in map(squad_normalised, golds) if gold] or [""]
 
 
 def _bag_f1(found: Sequence[Hashable], gold: Sequence[Hashable]) -> float:

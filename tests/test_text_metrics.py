@@ -47,6 +47,8 @@ def test_squad_normalisation(text, expected):
         ("x", [], 0.0, 0.0),
         ("", ["x"], 0.0, 0.0),
         ("the", [], 1.0, 1.0),  # nothing is left of it
+        ("", [".", "x"], 0.0, 0.0),  # nor of this gold, which three answerable questions of SQuAD 2.0 have
+        ("", ["."], 1.0, 1.0),
     ],
 )
 def test_exact_match_and_token_f1_by_hand(prediction, golds, match, f1):

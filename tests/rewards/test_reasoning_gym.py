@@ -67,7 +67,17 @@ def test_golds_score_1_and_hostile_answers_end_at_once_and_do_not(name):
     assert time.perf_counter() - started < 3
 
 
-NINE = ["countdown", "puzzle24", "simple_integration", "intermediate_integration", "polynomial_multiplication", "string_insertion", "spiral_matrix", "binary_matrix", "n_queens"]
+NINE = [
+    "countdown",
+    "puzzle24",
+    "simple_integration",
+    "intermediate_integration",
+    "polynomial_multiplication",
+    "string_insertion",
+    "spiral_matrix",
+    "binary_matrix",
+    "n_queens",
+]
 
 
 @pytest.mark.parametrize("name", NINE)
