@@ -245,6 +245,39 @@ def test_without_its_package_a_run_ends_with_the_command_that_helps(monkeypatch)
         bind([RewardTerm(name="ifeval")], discover()).score([group])
 
 
+LANGUAGES = {
+    "hi": "यह एक कविता है जो मैंने लिखी",
+    "kn": "ಇದು ಒಂದು ಸಣ್ಣ ಕವಿತೆ",
+    "mr": "ही एक छोटी कविता आहे जी मी लिहिली आहे",
+    "vi": "Đây là một bài thơ ngắn về mùa xuân",
+    "ko": "이것은 봄에 관한 짧은 시입니다",
+    "sw": "Hii ni shairi fupi kuhusu mapenzi na maisha ya watu",
+    "de": "Dies ist ein kurzes Gedicht über den Frühling",
+    "pa": "ਇਹ ਇੱਕ ਛੋਟੀ ਕਵਿਤਾ ਹੈ",
+    "fa": "این یک شعر کوتاه درباره بهار است که من نوشته‌ام",
+    "ru": "Это короткое стихотворение о весне",
+    "bg": "Това е кратко стихотворение за пролетта, което написах",
+    "pt": "Este é um pequeno poema sobre a primavera que não escrevi",
+    "gu": "આ એક નાની કવિતા છે",
+    "te": "ఇది ఒక చిన్న కవిత",
+    "it": "Questa è una breve poesia sulla primavera",
+    "ar": "هذه قصيدة قصيرة عن الربيع",
+    "ta": "இது ஒரு சிறிய கவிதை",
+    "fi": "Tämä on lyhyt runo keväästä",
+    "ur": "یہ بہار کے بارے میں ایک چھوٹی سی نظم ہے",
+    "th": "นี่คือบทกวีสั้น ๆ เกี่ยวกับฤดูใบไม้ผลิ",
+    "ne": "यो वसन्तको बारेमा एउटा छोटो कविता हो जुन मैले लेखेको छु",
+    "bn": "এটি বসন্ত নিয়ে একটি ছোট কবিতা",
+}
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_each_language_of_the_data_set_is_recognised_in_one_sentence(language):
+    pair = ("language:response_language", {"language": language})
+    assert score(LANGUAGES[language], pair) == 1.0
+    assert score("this is a poem that I wrote", pair) == 0.0
+
+
 def following(name, kwargs):
     """A text built to follow one instruction of the data set, whatever its values."""
     if "relation" in kwargs and kwargs["relation"] == "less than":
@@ -287,6 +320,7 @@ def test_every_instruction_of_the_data_set_is_known_and_can_be_followed():
     assert {name for name, _ in pairs} == set(KINDS)
     languages = [kwargs for name, kwargs in pairs if name == "language:response_language"]
     assert len(languages) == 31
+    assert {kwargs["language"] for kwargs in languages} == set(LANGUAGES)
     unmet = [
         (name, kwargs)
         for name, kwargs in pairs
