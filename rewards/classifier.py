@@ -87,10 +87,9 @@ def _load(path: str, revision: str | None, device: str) -> _Loaded:
     """Deterministic: the same files give the same model, so keeping it changes nothing."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    with torch.random.fork_rng(devices=[]):  # building a model draws numbers, which are the run's
-        model, info = AutoModelForSequenceClassification.from_pretrained(
-            path, revision=revision, dtype=torch.float32, use_safetensors=True, output_loading_info=True
-        )
+    model, info = AutoModelForSequenceClassification.from_pretrained(
+        path, revision=revision, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+    )
     if info["missing_keys"] or info["mismatched_keys"]:
         missing = ", ".join(sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))[:3])
         raise ValueError(f"{path} is no trained classifier: it has no weights for {missing}")
