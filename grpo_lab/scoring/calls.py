@@ -52,6 +52,7 @@ def call(
 
     Raises:
         RewardError: it returned more or fewer values than completions; which belongs to which cannot be known.
+        SetupError: it needs a package that is not installed.
     """
     several = "" if term.reward.scope == "completion" else f" in one call over {num_completions} completions,"
     try:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from inspect import Parameter
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args, get_origin
 
 from grpo_lab.errors import RecipeError
 
@@ -191,4 +191,6 @@ def _batched(parameters: Mapping[str, Parameter], place: str) -> tuple[str, ...]
 def _type_name(annotation: Any) -> str:
     if annotation is Parameter.empty:
         return "any"
+    if get_origin(annotation) is Annotated:  # its extra checks have no name worth showing
+        annotation = get_args(annotation)[0]
     return inspect.formatannotation(annotation).replace("typing.", "")
