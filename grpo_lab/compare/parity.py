@@ -102,6 +102,7 @@ def for_parity(stage: GrpoStage, *, num_prompts: int, accumulation: int) -> Grpo
             "micro_batch_size": size,
             "prompts_per_step": num_prompts,
             "evaluation": None,
+            "reward_control": None,
         }
     )
 

@@ -85,6 +85,7 @@ SHARED: Mapping[str, str] = {
     "data": "the prompt stream",
     "rewards": "RewardSet, which TRL asks through one function per term",
     "max_failed_rewards": "check_budget",
+    "reward_control": "controlled, before TRL is given the one total",
     "checkpoint": "asks TRL for checkpoints and keeps the newest",
     "evaluation": "evaluate",
     "sampling.backend": "auto is TRL's own generation; native and hf are this project's samplers, through rollout_func",
@@ -231,7 +232,7 @@ def arguments(stage: GrpoStage, model: Model, *, seed: int) -> dict[str, Any]:
         "top_p": sampling.top_p,
         "top_k": sampling.top_k or 0,
         "min_p": sampling.min_p or None,
-        "reward_weights": [term.weight for term in stage.reward_terms],
+        "reward_weights": [term.weight for term in stage.reward_terms] if stage.reward_control is None else [1.0],
         **_loss_arguments(stage),
         "num_iterations": algorithm.num_iterations,
     }
@@ -270,7 +271,6 @@ def differences(stage: GrpoStage) -> list[str]:
         "the native engine leaves it out",
         "TRL's kl, entropy and clip ratios are means over micro-batches, the native engine's are means over all tokens",
         "a group of equal rewards has exactly 0 advantage in the native engine, in TRL what rounding leaves",
-        "TRL passes no position ids: with absolute position embeddings left padding changes its log-probs",
     ]
     if algorithm.num_minibatches > 1:
         found.append("TRL's mini-batches are random rows of the step, the native engine's are whole groups")

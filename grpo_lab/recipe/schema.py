@@ -360,6 +360,8 @@ class GrpoStage(StageBase):
     """P: prompts per step."""
     max_failed_rewards: Fraction = 0.25
     """The run stops when more than this share of a step's completions could not be scored."""
+    reward_control: Literal["random", "shuffled"] | None = None
+    """Learn from totals that say nothing: drawn at random, or the real ones shuffled over the step; null = the real ones."""
 
     @property
     def reward_terms(self) -> list[RewardTerm]:

@@ -1,7 +1,8 @@
 """Rewards: how they are marked (mark.py), found (registry.py), checked against a recipe (terms.py), called (calls.py)
-and combined (reward_set.py), and when their failures stop a run (budget.py)."""
+and combined (reward_set.py), when their failures stop a run (budget.py), and a control without them (control.py)."""
 
 from grpo_lab.scoring.budget import check_budget
+from grpo_lab.scoring.control import controlled
 from grpo_lab.scoring.mark import Reward, reward
 from grpo_lab.scoring.registry import Registry, discover
 from grpo_lab.scoring.reward_set import RewardSet, bind
@@ -14,6 +15,7 @@ __all__ = [
     "RewardSet",
     "bind",
     "check_budget",
+    "controlled",
     "discover",
     "problems",
     "reward",
