@@ -139,7 +139,7 @@ def compare_engines(
     if as_json:
         print_json(found)
     else:
-        show_report(found, wide_console())
+        show_report(found, wide_console(width=140))
     return bool(found["passed"])
 
 

@@ -161,6 +161,29 @@ def unsupported(stage: GrpoStage) -> list[tuple[tuple[str, ...], str]]:
     ]
 
 
+def is_rloo(stage: GrpoStage) -> bool:
+    """Whether TRL's RLOOTrainer computes this algorithm, which its GRPOTrainer refuses. It trains nothing here: only
+    parity asks."""
+    values = stage.algorithm.model_dump()
+    return all(values[key] in allowed for key, allowed in RLOO.items()) and (
+        stage.algorithm.beta == 0 or (stage.algorithm.kl_placement, stage.algorithm.kl_estimator) == ("reward", "k1")
+    )
+
+
+RLOO: Mapping[str, tuple[Any, ...]] = {
+    "reward_aggregation": ("sum",),
+    "advantage_baseline": ("leave_one_out",),
+    "surrogate": ("none", "clipped"),
+    "ratio_level": ("sequence_sum",),
+    "reduction": ("sequence",),
+    "delta": (None,),
+    "entropy_bonus": (0.0,),
+    "top_entropy_quantile": (1.0,),
+    "mask_truncated_completions": (False,),
+    "sampler_correction": ("none",),
+}
+
+
 def require_trl() -> None:
     """Refuse to go on without the one TRL version whose behaviour is known here.
 
