@@ -88,11 +88,12 @@ def compare(
         bool, typer.Option("--presets", help="with --parity: every variant, not the recipe's own")
     ] = False,
     itself: Annotated[
-        bool, typer.Option("--self", help="native: micro-batches, padding and order change nothing")
+        bool, typer.Option("--self", help="native: micro-batches, padding, order and processes change nothing")
     ] = False,
     race: Annotated[bool, typer.Option("--race", help="train with both engines, side by side")] = False,
     stage: Annotated[str | None, typer.Option(help="which GRPO stage; the last one if not given")] = None,
     prompts: Annotated[int, typer.Option(min=1, help="prompts in the recorded batch")] = 4,
+    processes: Annotated[int, typer.Option(min=1, help="with --self: real processes that share a step; 1 = none")] = 2,
     seeds: Annotated[str | None, typer.Option(help="with --race: seeds, e.g. 0,1,2; the recipe's if not given")] = None,
     control: Annotated[
         str | None, typer.Option(help="with --race: one more arm, whose rewards are random or shuffled")
@@ -116,7 +117,14 @@ def compare(
         raise UsageError("--seeds, --control and --output-dir belong to --race")
     if parity or itself:
         passed = commands.compare_engines(
-            targets, parity=parity, presets=presets, itself=itself, stage=stage, prompts=prompts, as_json=as_json
+            targets,
+            parity=parity,
+            presets=presets,
+            itself=itself,
+            stage=stage,
+            prompts=prompts,
+            processes=processes,
+            as_json=as_json,
         )
         raise typer.Exit(0 if passed else 1)
     commands.compare_runs(targets, picture=picture, as_json=as_json)

@@ -126,7 +126,15 @@ def measured_stage(recipe: Recipe, name: str | None) -> str:
 
 
 def compare_engines(
-    targets: Sequence[str], *, parity: bool, presets: bool, itself: bool, stage: str | None, prompts: int, as_json: bool
+    targets: Sequence[str],
+    *,
+    parity: bool,
+    presets: bool,
+    itself: bool,
+    stage: str | None,
+    prompts: int,
+    processes: int,
+    as_json: bool,
 ) -> bool:
     """Both engines on one batch (`parity`), or the native one against itself; whether all gates were passed."""
     recipe, *overrides = targets
@@ -134,20 +142,17 @@ def compare_engines(
         raise UsageError("--parity and --self are two checks; ask for one at a time")
     quiet_libraries()
     of = report.subject(assemble(load(find_recipe(recipe), overrides)), stage, prompts)
-    measure, show_report = REPORTS["self" if itself else "presets" if presets else "parity"]
-    found = measure(of)
+    if itself:
+        found, show_report = report.self_report(of, processes=processes), report.show_self
+    elif presets:
+        found, show_report = report.presets_report(of), report.show_presets
+    else:
+        found, show_report = report.parity_report(of), report.show_parity
     if as_json:
         print_json(found)
     else:
         show_report(found, wide_console(width=140))
     return bool(found["passed"])
-
-
-REPORTS = {
-    "parity": (report.parity_report, report.show_parity),
-    "presets": (report.presets_report, report.show_presets),
-    "self": (report.self_report, report.show_self),
-}
 
 
 def race_engines(

@@ -112,9 +112,10 @@ def run_case(of: Subject, case: Case) -> Parity:
     return compare(of.policy, of.examples, of.rewards, of.stage, case, seed=of.seed)
 
 
-def self_report(of: Subject) -> dict[str, Any]:
+def self_report(of: Subject, *, processes: int) -> dict[str, Any]:
     """The native engine against itself."""
-    found = self_check(of.policy, of.examples, of.rewards, of.stage, seed=of.seed)
+    processes = min(processes, len(of.examples))  # each takes whole groups
+    found = self_check(of.policy, of.examples, of.rewards, of.stage, seed=of.seed, processes=processes)
     failed = first_failure(found)
     return {**header(of), "checks": as_json(found), "first_failure": failed, "passed": failed is None}
 
@@ -207,6 +208,12 @@ def show_self(report: Mapping[str, Any], console: Console) -> None:
     console.print(
         table("native against itself: one optimiser step, in one piece and otherwise", checks_of(report["checks"]))
     )
+    if any("processes" in row["quantity"] for row in report["checks"]):
+        line(
+            console,
+            "  note: training itself runs in one process; several real ones each took some groups of this step,",
+        )
+        line(console, "  with the weights of the whole step, and added up their losses and gradients")
     verdict(console, [report["first_failure"]])
 
 
