@@ -9,7 +9,7 @@ import torch
 
 from grpo_lab.compare import native_readout, sheet
 from grpo_lab.compare.gates import Check, first_failure, gradient_checks, largest, worst_of
-from grpo_lab.compare.recording import Recording, record
+from grpo_lab.compare.recording import LONGEST_PRODUCT, Recording, record
 from grpo_lab.engines.readout import Readout, StepReadout
 from grpo_lab.engines.trl_config import is_rloo
 from grpo_lab.padding import pad_left
@@ -85,7 +85,7 @@ def compare(
 
         theirs = trl_probe.read_out(policy, reference, recording.rollouts, stage, rounds=ROUNDS)
     start = dict(policy.model.named_parameters())
-    said = [*notes(recording, native, theirs, one_prompt=alike), *taken_per_micro_batch(stage)]
+    said = [*notes(recording, native, theirs, one_prompt=alike), *narrowed(stage)]
     return Parity(case, against, checks(native, theirs, start), said)
 
 
@@ -96,9 +96,14 @@ def partner(stage: GrpoStage) -> str:
     return RLOO if is_rloo(stage) else GRPO
 
 
-def taken_per_micro_batch(stage: GrpoStage) -> list[str]:
-    """What is compared with one micro-batch only, since the engines differ on purpose with more."""
+def narrowed(stage: GrpoStage) -> list[str]:
+    """What is compared under narrower conditions than the rest, and why."""
     found = []
+    if stage.algorithm.ratio_level == "sequence_sum":
+        found.append(
+            f"ratios of whole completions: compared on their first {LONGEST_PRODUCT} tokens and with a tenth of the rate; "
+            "TRL subtracts two float32 sums of log-probs, whose rounding reaches the gates where they are longer"
+        )
     if stage.algorithm.top_entropy_quantile < 1:
         found.append(
             "top_entropy_quantile: TRL takes it per micro-batch and under the policy of the moment, ours over the whole "
@@ -115,14 +120,16 @@ def for_parity(stage: GrpoStage, *, num_prompts: int, accumulation: int) -> Grpo
     Dynamic sampling comes before a batch is recorded, and the reference stays as it is: both are off.
     """
     changes: dict[str, Any] = {"sampling_attempts": 1, "reference_refresh": None}
-    if stage.algorithm.top_entropy_quantile < 1:  # see taken_per_micro_batch
+    if stage.algorithm.top_entropy_quantile < 1:  # see narrowed
         changes |= {"num_iterations": 1, "num_minibatches": 1}
     algorithm = stage.algorithm.model_copy(update=changes)
+    # Products of ratios are not clipped in rloo: at the larger rate plain SGD diverges on them and only rounding is compared.
+    rate = LEARNING_RATE / 10 if algorithm.ratio_level == "sequence_sum" else LEARNING_RATE
     rows = num_prompts * stage.sampling.num_generations // algorithm.num_minibatches
     optimizer = stage.optimizer.model_copy(
         update={
             "name": "sgd",
-            "learning_rate": LEARNING_RATE,
+            "learning_rate": rate,
             "schedule": "constant",
             "warmup_steps": 0,
             "weight_decay": 0.0,

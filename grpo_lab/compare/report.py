@@ -182,7 +182,7 @@ def show_presets(report: Mapping[str, Any], console: Console) -> None:
             missing.append(row)
             continue
         shares = {check["quantity"]: share(check) for check in row["checks"]}
-        cells = [f"{shares[name]:.2f}" if name in shares else "" for name in COLUMNS]
+        cells = [short(shares[name]) if name in shares else "" for name in COLUMNS]
         passed = row["first_failure"] is None
         shown.add_row(
             row["variant"],
@@ -200,6 +200,11 @@ def show_presets(report: Mapping[str, Any], console: Console) -> None:
 def share(check: Mapping[str, Any]) -> float:
     """A difference as a share of its gate."""
     return float(check["difference"]) / check["gate"] if check["gate"] else float(check["difference"])
+
+
+def short(value: float) -> str:
+    """In few places, however large."""
+    return f"{value:.2f}" if value < 100 else f"{value:.0e}"
 
 
 def show_self(report: Mapping[str, Any], console: Console) -> None:
