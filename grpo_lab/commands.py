@@ -151,7 +151,7 @@ def compare_engines(
     if as_json:
         print_json(found)
     else:
-        show_report(found, wide_console(width=140))
+        show_report(found, wide_console(width=150))
     return bool(found["passed"])
 
 

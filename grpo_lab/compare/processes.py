@@ -26,7 +26,7 @@ def over_processes(policy: Policy, batch: Batch, stage: GrpoStage, count: int) -
     shares = [batch.rows(start, stop) for start, stop in zip(cuts, cuts[1:], strict=False)]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        multiprocessing.start_processes(  # type: ignore[no-untyped-call]
+        multiprocessing.start_processes(  # type: ignore[attr-defined]
             work, args=(policy.model, shares, stage, folder), nprocs=count, start_method="spawn"
         )
         found = load_file(folder / "sum.safetensors")
