@@ -59,13 +59,15 @@ class Scores:
     nan in a term: that reward abstained or failed there; `status` says which ("ok", "abstained", "gated", "error",
     "timeout", "bad_type", "non_finite", "crashed").
     nan in `total`: not scored, so out of the group's mean and std and out of the loss weights.
-    `reasons` holds the first message of each failure, by term, for people.
+    `reasons` holds the first message of each failure, by term, for people. `real_total` is None but under a reward
+    control, where `total` is not what the answers were worth.
     """
 
     total: Float[Tensor, "P G"]
     terms: Mapping[str, Float[Tensor, "P G"]]
     status: Mapping[str, tuple[tuple[str, ...], ...]]
     reasons: Mapping[str, str] = field(default_factory=dict)
+    real_total: Float[Tensor, "P G"] | None = None
 
 
 @dataclass(frozen=True)

@@ -367,6 +367,8 @@ class GrpoStage(StageBase):
     """The most seconds of one call of such a reward, whatever it scores; its process is then killed and replaced."""
     reward_memory_gib: Annotated[float, Field(gt=0)] | None = None
     """Memory that such a process may take for itself; null = no limit but the machine's."""
+    reward_control: Literal["random", "shuffled"] | None = None
+    """Learn from totals that say nothing: drawn at random, or the real ones shuffled over the step; null = the real ones."""
 
     @property
     def reward_terms(self) -> list[RewardTerm]:

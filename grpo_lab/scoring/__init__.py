@@ -1,8 +1,9 @@
 """Rewards: how they are marked (mark.py), found (registry.py), checked against a recipe (terms.py), called (calls.py;
-users' ones in processes of their own: workers.py, processes.py, nursery.py) and combined (reward_set.py), and when their
-failures stop a run (budget.py)."""
+users' ones in processes of their own: workers.py, processes.py, nursery.py) and combined (reward_set.py), when their
+failures stop a run (budget.py), and a control without them (control.py)."""
 
 from grpo_lab.scoring.budget import check_budget
+from grpo_lab.scoring.control import controlled
 from grpo_lab.scoring.mark import Reward, checked_by, reward
 from grpo_lab.scoring.processes import start_nursery
 from grpo_lab.scoring.registry import Registry, discover
@@ -20,6 +21,7 @@ __all__ = [
     "bind",
     "check_budget",
     "checked_by",
+    "controlled",
     "discover",
     "problems",
     "reward",

@@ -15,6 +15,8 @@ class Advice:
         self.steps_in_a_row = dict.fromkeys(ADVICE, 0)
 
     def __call__(self, end: StepEnd) -> None:
+        if end.step == 1 and end.scores is not None and end.scores.real_total is not None:
+            self.sinks.event(end.stage, end.step, "advice", CONTROL, {})
         for name, text in ADVICE.items():
             holds = end.metrics.get(name) == 1.0
             self.steps_in_a_row[name] = self.steps_in_a_row[name] + 1 if holds else 0
@@ -23,6 +25,8 @@ class Advice:
                 said = text if patience == 1 else f"{patience} steps in a row: {text}"
                 self.sinks.event(end.stage, end.step, "advice", said, {"metric": name})
 
+
+CONTROL = "reward_control is on: the policy learns from totals that say nothing; lab/real_reward is what its answers are worth"
 
 ADVICE = {
     "frac_reward_zero_std": (

@@ -142,7 +142,8 @@ def test_a_surrogate_that_never_clips_has_no_clip_ratio():
 
 def test_every_metric_has_a_description():
     groups = [group((2, True), (3, False))] * 2
-    metrics = step_metrics(groups, scores(torch.tensor([[1.0, 0.0], [1.0, 1.0]]), OK), STATS)
+    total = torch.tensor([[1.0, 0.0], [1.0, 1.0]])
+    metrics = step_metrics(groups, replace(scores(total, OK), real_total=total), STATS)
     supervised = sft_metrics(loss=1.0, grad_norm=1.0, learning_rate=1.0)
     resampling = sampling_metrics(Attempts(limit=3, used=3, num_drawn=9, num_without_signal=1))
     described = {description(name) for name in [*metrics, *supervised, *resampling]}
