@@ -3,12 +3,12 @@
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from grpo_lab.errors import NumericError
-from grpo_lab.policy.forward import PolicyForward
 from grpo_lab.recipe.schema import Optimizer
 from grpo_lab.types import Batch, LogpsAndEntropy
 
@@ -61,11 +61,14 @@ class StepSums:
 
 
 class Learner:
-    """The policy's forward pass with its optimiser, prepared by accelerate. Its state outlives a step."""
+    """The policy's forward pass with its optimiser, prepared by accelerate. Its state outlives a step.
+
+    `forward` is a PolicyForward: a module from a batch to log-probs that also says where to cut a batch.
+    """
 
     def __init__(
         self,
-        forward: PolicyForward,
+        forward: nn.Module,
         settings: Optimizer,
         *,
         total_steps: int,
@@ -77,7 +80,7 @@ class Learner:
         self.settings = settings
         self.total_steps = total_steps
         self.micro_batch_size = micro_batch_size
-        self.micro_batches = forward.micro_batches
+        self.micro_batches: Any = forward.micro_batches
         self.forward, self.optimizer = self.accelerator.prepare(forward, make_optimizer(forward, settings))
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.steps_done = 0

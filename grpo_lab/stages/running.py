@@ -170,7 +170,7 @@ def saying_plain(context: Context, forward: PolicyForward) -> Callback:
         if forward.plain_because is not None and not said:
             said.append(forward.plain_because)
             message = f"prompts and padding are computed for every row, several times slower: {forward.plain_because}"
-            context.sinks.event(end.stage, end.step, "note", message, {})
+            context.sinks.event(end.stage, end.step, "info", message, {})
 
     return say
 
