@@ -25,7 +25,7 @@ from grpo_lab.errors import RecipeError
 from grpo_lab.policy.load import context_length, eos_ids, generation_config, load_tokenizer, model_config
 from grpo_lab.recipe import LoadedRecipe, Recipe, SourceMap
 from grpo_lab.recipe.schema import Data, GrpoStage, RewardTerm, SftStage, TokenizerBuild
-from grpo_lab.scoring import Registry, bind, discover, problems
+from grpo_lab.scoring import Registry, Settings, Workers, bind, discover, problems
 from grpo_lab.seeds import derive_seed
 from grpo_lab.stages.plan import GrpoPlan, SftPlan
 from grpo_lab.types import Example
@@ -200,9 +200,9 @@ class Builder:
         stream = PromptStream(examples, stage.prompts_per_step, seed=derive_seed(self.recipe.seed, name, "order"))
         if self.found.found:
             return None
-        return GrpoPlan(
-            name, stage, stream, bind(stage.reward_terms, self.registry), held_out, bind(terms, self.registry)
-        )
+        workers = Workers(Settings(stage.reward_workers, stage.reward_timeout_seconds, stage.reward_memory_gib))
+        rewards = bind(stage.reward_terms, self.registry, workers)
+        return GrpoPlan(name, stage, stream, rewards, held_out, bind(terms, self.registry, workers), workers)
 
     def _examples(self, stage: GrpoStage, data: Data, loc: Loc) -> Mapped[Example] | Stream[Example]:
         examples = prompt_examples(data, self.rows[loc], self.tokenizer)

@@ -95,6 +95,8 @@ def compared_rewards(scores: Scores, stage: GrpoStage) -> Float[Tensor, "P G"]:
     """What the completions of a group are compared by: the total reward, or the sum of normalised rewards (GDPO)."""
     if stage.algorithm.reward_aggregation == "sum":
         return scores.total
+    if stage.reward_control is not None:  # the terms are the real ones, and not what is learnt from
+        return normalize_then_sum([scores.total], [1.0])
     unscored = scores.total.isnan()
     terms = [scores.terms[term.key].masked_fill(unscored, torch.nan) for term in stage.reward_terms]
     return normalize_then_sum(terms, [scores.weights.get(term.key, 1.0) for term in stage.reward_terms])

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from grpo_lab.errors import GrpoLabError
+from grpo_lab.errors import GrpoLabError, UsageError
 
 app = typer.Typer(
     help="Train language models with GRPO, and see that the numbers are right.",
@@ -90,21 +90,46 @@ def compare(
         bool, typer.Option("--presets", help="with --parity: every variant, not the recipe's own")
     ] = False,
     itself: Annotated[
-        bool, typer.Option("--self", help="native: micro-batches, padding and order change nothing")
+        bool, typer.Option("--self", help="native: micro-batches, padding, order and processes change nothing")
     ] = False,
+    race: Annotated[bool, typer.Option("--race", help="train with both engines, side by side")] = False,
     stage: Annotated[str | None, typer.Option(help="which GRPO stage; the last one if not given")] = None,
     prompts: Annotated[int, typer.Option(min=1, help="prompts in the recorded batch")] = 4,
+    processes: Annotated[int, typer.Option(min=1, help="with --self: real processes that share a step; 1 = none")] = 2,
+    seeds: Annotated[str | None, typer.Option(help="with --race: seeds, e.g. 0,1,2; the recipe's if not given")] = None,
+    control: Annotated[
+        str | None, typer.Option(help="with --race: one more arm, whose rewards are random or shuffled")
+    ] = None,
+    output_dir: Annotated[Path | None, typer.Option(help="with --race: where its folder is made")] = None,
+    picture: Annotated[Path | None, typer.Option(help="of finished runs: write their curves to this SVG file")] = None,
     as_json: Json = False,
 ) -> None:
-    """Do both engines compute the same (--parity)? Is the native one itself (--self)? How do finished runs differ?"""
+    """Do both engines compute the same (--parity)? Which is faster (--race)? Is the native one itself (--self)? How do
+    finished runs differ?"""
     from grpo_lab import commands
 
+    if race:
+        if parity or itself or picture is not None:
+            raise UsageError("--race, --parity, --self and --picture are different comparisons; ask for one at a time")
+        commands.race_engines(
+            targets, stage=stage, seeds=seeds, control=control, output_dir=output_dir, as_json=as_json
+        )
+        return
+    if seeds is not None or control is not None or output_dir is not None:
+        raise UsageError("--seeds, --control and --output-dir belong to --race")
     if parity or itself:
         passed = commands.compare_engines(
-            targets, parity=parity, presets=presets, itself=itself, stage=stage, prompts=prompts, as_json=as_json
+            targets,
+            parity=parity,
+            presets=presets,
+            itself=itself,
+            stage=stage,
+            prompts=prompts,
+            processes=processes,
+            as_json=as_json,
         )
         raise typer.Exit(0 if passed else 1)
-    commands.compare_runs(targets, as_json=as_json)
+    commands.compare_runs(targets, picture=picture, as_json=as_json)
 
 
 @recipes_app.command("ls")

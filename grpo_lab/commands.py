@@ -14,7 +14,7 @@ from grpo_lab.bench.recipes import recipe_report
 from grpo_lab.bench.rescore import rescored
 from grpo_lab.bench.tables import show_recipe_report, show_rescored
 from grpo_lab.bundled import find_recipe, shipped_recipes
-from grpo_lab.compare import report, runs
+from grpo_lab.compare import race, race_report, report, runs
 from grpo_lab.errors import RecipeError, UsageError
 from grpo_lab.inspection import describe_plan, show_plan
 from grpo_lab.pipeline import quiet_libraries, train_recipe
@@ -27,6 +27,7 @@ from grpo_lab.stages.grpo import measure_policy
 from grpo_lab.stages.plan import GrpoPlan
 from grpo_lab.summary import show, summarise
 from grpo_lab.tracking.console import QuietPipeConsole
+from grpo_lab.tracking.files import write_atomic
 from grpo_lab.tracking.run_folder import RESOLVED, RUN, StageFolder
 
 
@@ -206,7 +207,15 @@ def measured_stage(recipe: Recipe, name: str | None) -> str:
 
 
 def compare_engines(
-    targets: Sequence[str], *, parity: bool, presets: bool, itself: bool, stage: str | None, prompts: int, as_json: bool
+    targets: Sequence[str],
+    *,
+    parity: bool,
+    presets: bool,
+    itself: bool,
+    stage: str | None,
+    prompts: int,
+    processes: int,
+    as_json: bool,
 ) -> bool:
     """Both engines on one batch (`parity`), or the native one against itself; whether all gates were passed."""
     recipe, *overrides = targets
@@ -214,27 +223,56 @@ def compare_engines(
         raise UsageError("--parity and --self are two checks; ask for one at a time")
     quiet_libraries()
     of = report.subject(assemble(load(find_recipe(recipe), overrides)), stage, prompts)
-    measure, show_report = REPORTS["self" if itself else "presets" if presets else "parity"]
-    found = measure(of)
+    if itself:
+        found, show_report = report.self_report(of, processes=processes), report.show_self
+    elif presets:
+        found, show_report = report.presets_report(of), report.show_presets
+    else:
+        found, show_report = report.parity_report(of), report.show_parity
     if as_json:
         print_json(found)
     else:
-        show_report(found, wide_console())
+        show_report(found, wide_console(width=150))
     return bool(found["passed"])
 
 
-REPORTS = {
-    "parity": (report.parity_report, report.show_parity),
-    "presets": (report.presets_report, report.show_presets),
-    "self": (report.self_report, report.show_self),
-}
+def race_engines(
+    targets: Sequence[str],
+    *,
+    stage: str | None,
+    seeds: str | None,
+    control: str | None,
+    output_dir: Path | None,
+    as_json: bool,
+) -> None:
+    """The recipe through both engines, then what came of it."""
+    recipe, *overrides = targets
+    if control not in (None, "random", "shuffled"):
+        raise UsageError(f"--control {control}: use random or shuffled")
+    overrides += [f"output_dir={output_dir}"] if output_dir is not None else []
+    quiet_libraries()
+    loaded = load(find_recipe(recipe), overrides)
+    try:
+        numbers = [int(seed) for seed in seeds.split(",")] if seeds is not None else [loaded.recipe.seed]
+    except ValueError as error:
+        raise UsageError(f"--seeds {seeds}: give whole numbers with commas between them, as in 0,1,2") from error
+    console = QuietPipeConsole(stderr=True)
+    planned = race.plan_race(loaded, stage, numbers, control)  # type: ignore[arg-type]
+    race.run_race(planned, lambda text: console.print(text, markup=False, highlight=False, soft_wrap=True))
+    found = race_report.race_report(planned)
+    if as_json:
+        print_json(found)
+    else:
+        race_report.show_race(found, wide_console(width=190))
 
 
-def compare_runs(targets: Sequence[str], *, as_json: bool) -> None:
+def compare_runs(targets: Sequence[str], *, picture: Path | None, as_json: bool) -> None:
     """Finished runs side by side."""
     if len(targets) < 2:
-        raise UsageError("give two or more run folders to compare, or --parity or --self with a recipe")
+        raise UsageError("give two or more run folders to compare, or --parity, --race or --self with a recipe")
     found = runs.compare_runs([Path(target) for target in targets])
+    if picture is not None:
+        write_atomic(picture, runs.picture(found))
     if as_json:
         print_json(found)
     else:
@@ -251,10 +289,10 @@ def show_metrics(metrics: dict[str, float], console: Console) -> None:
         console.print(f"{base:32} {value:.4f}{bounds}", markup=False, highlight=False, soft_wrap=True)
 
 
-def wide_console() -> Console:
+def wide_console(width: int = 120) -> Console:
     """Standard output; a pipe or file, which has no width, gets tables whole."""
     console = Console()
-    return console if console.is_terminal else Console(width=120)
+    return console if console.is_terminal else Console(width=width)
 
 
 def print_json(values: Any) -> None:

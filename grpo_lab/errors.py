@@ -59,3 +59,13 @@ class StopRequested(GrpoLabError):
     def __init__(self, message: str, exit_code: int) -> None:
         self.exit_code = exit_code
         super().__init__(message)
+
+
+class ProcessError(GrpoLabError):
+    """A process that this one started failed. It has said why on standard error; its exit code is handed on."""
+
+    exit_code = 4
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        self.exit_code = exit_code
+        super().__init__(message)

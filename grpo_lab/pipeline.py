@@ -11,6 +11,8 @@ from grpo_lab.engines.trl_config import INEXACT
 from grpo_lab.errors import GrpoLabError, SetupError, StopRequested
 from grpo_lab.policy.load import load_policy, write_policy
 from grpo_lab.recipe import LoadedRecipe, resolved_yaml
+from grpo_lab.recipe.schema import GrpoStage
+from grpo_lab.scoring import start_nursery
 from grpo_lab.stages.grpo import run_grpo
 from grpo_lab.stages.plan import GrpoPlan, SftPlan
 from grpo_lab.stages.running import Context, StopSignal
@@ -41,6 +43,9 @@ def train_recipe(loaded: LoadedRecipe, recipe_text: str, *, go_on: bool, console
     if recipe.num_threads is not None:
         torch.set_num_threads(recipe.num_threads)
     path = Path(recipe.output_dir) / recipe.name
+    names = [term.name for stage in recipe.stages.values() if isinstance(stage, GrpoStage) for term in stage.rewards]
+    if recipe.plugins or any("." in name for name in names):
+        start_nursery()  # while everything else is read and loaded
     with StopSignal() as stop:
         going_on = go_on and path.exists()
         base = path / "base"
@@ -75,14 +80,16 @@ def _run_stages(plan: Plan, run: RunFolder, files: JsonlSink, sinks: Sinks, stop
             verify_folder(folder.final)
             sinks.event(stage.name, stage.stage.steps, "info", "finished before, skipped", {})
         else:
-            if isinstance(stage, GrpoPlan):
-                for reason in [*([INEXACT] if stage.stage.engine == "trl" else []), *stage.rewards.inexact_because()]:
-                    run.mark_inexact(reason)
-            context = Context(plan.recipe, plan.tokenizer, folder, start, files, sinks, stop)
+            if isinstance(stage, GrpoPlan) and stage.stage.engine == "trl":
+                run.mark_inexact(INEXACT)
+            context = Context(plan.recipe, plan.tokenizer, folder, start, files, sinks, stop, run.mark_inexact)
             if isinstance(stage, SftPlan):
                 run_sft(context, stage)
             else:
-                run_grpo(context, stage)
+                with stage.workers as workers:  # they start while the model loads
+                    workers.log = folder.path / "rewards.log"
+                    workers.start(stage.rewards.terms)
+                    run_grpo(context, stage)
         start = folder.final
 
 

@@ -73,6 +73,7 @@ class Scores:
     `reasons` holds the first message of each failure, by term, for people.
     `weights` are what the terms were multiplied by (1 if not given). `extra` (by group, then completion) and `logged` are what rewards
     wrote down beside their values, through TRL's `log_extra` and `log_metric`.
+    `real_total` is None but under a reward control, where `total` is not what the answers were worth.
     """
 
     total: Float[Tensor, "P G"]
@@ -82,6 +83,7 @@ class Scores:
     weights: Mapping[str, float] = field(default_factory=dict)
     extra: Mapping[str, tuple[tuple[Any, ...], ...]] = field(default_factory=dict)
     logged: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    real_total: Float[Tensor, "P G"] | None = None
 
 
 @dataclass(frozen=True)

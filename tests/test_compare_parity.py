@@ -22,8 +22,8 @@ from grpo_lab.recipe.schema import Algorithm
 from grpo_lab.scoring import bind
 from grpo_lab.types import Batch, LogpsAndEntropy
 
-NOT_IN_TRL = {"rloo", "reinforce_pp", "reinforce_pp_baseline"}
-VARIANTS = {name: algorithm for name, algorithm in report.variants(Algorithm()) if algorithm.preset not in NOT_IN_TRL}
+AGAINST = {"rloo": "RLOOTrainer", "reinforce_pp": "float64 sheet", "reinforce_pp_baseline": "float64 sheet"}
+VARIANTS = dict(report.variants(Algorithm()))
 PASSES = [(2, 1, 1), (1, 2, 4), (2, 2, 1), (2, 2, 4)]  # iterations, mini-batches, micro-batches
 
 
@@ -42,7 +42,11 @@ def toy(tmp_path_factory, toy_text, tokenizer):
 
 
 def with_algorithm(of, **algorithm):
-    stage = of.stage.model_copy(update={"algorithm": Algorithm(**algorithm)})
+    return with_variant(of, Algorithm(**algorithm))
+
+
+def with_variant(of, algorithm):
+    stage = of.stage.model_copy(update={"algorithm": algorithm})
     return dataclasses.replace(of, stage=stage, rewards=bind(stage.reward_terms, of.plan.registry))
 
 
@@ -57,12 +61,19 @@ def failures(found):
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_native_equals_trl(toy, variant, case):
-    found = run(with_algorithm(toy, **VARIANTS[variant].model_dump(exclude_defaults=True)), case)
+    algorithm = VARIANTS[variant]
+    found = run(with_variant(toy, algorithm), case)
     assert failures(found) == []
+    assert found.against == AGAINST.get(algorithm.preset, "GRPOTrainer")
+    assert found.case == case
+    expected = {"rewards", "advantages", "log-probs", "loss", "gradient", "weights"}
+    expected |= {"reference log-probs"} if algorithm.beta > 0 else set()
+    expected |= {"KL"} if algorithm.beta > 0 and algorithm.kl_placement == "loss" else set()
+    assert expected <= {check.quantity for check in found.checks}
 
 
 @pytest.mark.parametrize("passes", PASSES, ids=str)
-@pytest.mark.parametrize("preset", ["grpo", "dapo", "gspo"])
+@pytest.mark.parametrize("preset", ["grpo", "dapo", "gspo", "rloo", "reinforce_pp", "reinforce_pp_baseline"])
 def test_native_equals_trl_where_a_batch_is_used_more_than_once(toy, preset, passes):
     iterations, minibatches, accumulation = passes
     of = with_algorithm(toy, preset=preset, beta=0.04, num_iterations=iterations, num_minibatches=minibatches)
@@ -80,6 +91,9 @@ def test_native_equals_trl_where_a_batch_is_used_more_than_once(toy, preset, pas
         {"advantage_scale": "batch"},
         {"mask_truncated_completions": True},
         {"entropy_bonus": 0.01},
+        {"top_entropy_quantile": 0.2},
+        {"top_entropy_quantile": 0.37, "preset": "dapo"},
+        {"preset": "rloo", "surrogate": "clipped"},
     ],
     ids=lambda options: " ".join(options),
 )
@@ -87,13 +101,35 @@ def test_native_equals_trl_with_options(toy, options):
     assert failures(run(with_algorithm(toy, **options), Case(off_policy=True, accumulation=1))) == []
 
 
-def test_the_presets_that_are_not_compared_are_those_that_trl_lacks(toy):
+def test_what_trl_s_grpo_trainer_lacks_goes_against_another_partner(toy):
     missing = set()
     for _, algorithm in report.variants(Algorithm()):
-        of = with_algorithm(toy, **algorithm.model_dump(exclude_defaults=True))
+        of = with_variant(toy, algorithm)
         if unsupported(parity.for_parity(of.stage, num_prompts=4, accumulation=1)):
             missing.add(algorithm.preset)
-    assert missing == NOT_IN_TRL
+    assert missing == AGAINST.keys()
+
+
+@pytest.mark.parametrize("options", [{"top_entropy_quantile": 0.3}, {"entropy_bonus": 0.01}], ids=str)
+def test_what_trl_takes_per_micro_batch_is_compared_with_one_and_said_so(toy, options):
+    found = run(with_algorithm(toy, num_iterations=2, **options), Case(off_policy=True, accumulation=4))
+    assert failures(found) == []
+    assert found.case.accumulation == 1
+    assert any(note.startswith(next(iter(options))) for note in found.notes)
+
+
+def test_the_quantile_of_every_micro_batch_is_another_loss(toy):
+    """Why it is compared with one: with more, TRL keeps other tokens."""
+    of = with_algorithm(toy, top_entropy_quantile=0.3)
+    stage = parity.for_parity(of.stage, num_prompts=4, accumulation=4)
+    recording = parity.record(of.policy, of.examples, of.rewards, stage, seed=0, off_policy=True)
+    sides = (native_readout, trl_probe)
+    ours, theirs = (
+        side.read_out(of.policy, recording.reference, recording.rollouts, stage, rounds=1).steps[0] for side in sides
+    )
+    names = [check.quantity for check in parity.step_checks(ours, theirs, 1.0) if not check.passed]
+    assert "gradient" in names
+    assert "log-probs" not in names
 
 
 # What a broken engine looks like. Each fault is put into the native side only.
@@ -146,6 +182,28 @@ def unclipped(monkeypatch, of):
     )
 
 
+def penalty_upside_down(monkeypatch, of):
+    monkeypatch.setitem(KL_ESTIMATORS, "k1", lambda logps, ref_logps: ref_logps - logps)
+
+
+@pytest.mark.parametrize("preset", ["rloo", "reinforce_pp"])
+@pytest.mark.parametrize(
+    "fault, first",
+    [
+        (penalty_upside_down, "advantages"),
+        (stale_reference, "advantages"),  # the penalty is in the reward, which comes before the log-probs
+        (wrong_denominator, "loss"),
+        (wrong_std, "advantages"),
+    ],
+)
+def test_the_other_partners_catch_a_broken_engine_too(toy, monkeypatch, preset, fault, first):
+    of = with_algorithm(toy, preset=preset)
+    case = Case(off_policy=True, accumulation=1)
+    assert run(of, case).first_failure is None
+    fault(monkeypatch, of)
+    assert run(of, case).first_failure == first
+
+
 @pytest.mark.parametrize(
     "fault, first",
     [
@@ -193,7 +251,7 @@ def test_recorded_batches_are_uneven_and_have_signal(toy):
 # The formulas alone, in float64. Lengths are such that every weight is a power of two, so float32 weights are exact.
 
 LENGTHS = (8, 4, 2, 2)
-FORMULAS = {name: a for name, a in VARIANTS.items() if a.reward_aggregation == "sum"}
+FORMULAS = {name: a for name, a in VARIANTS.items() if a.reward_aggregation == "sum" and a.preset not in AGAINST}
 
 
 @pytest.mark.parametrize("variant", FORMULAS)
@@ -239,7 +297,7 @@ def test_parity_prints_what_it_did_and_passes(cli, toy_recipe):
     assert found["passed"] is True
     assert found["versions"]["trl"] == "1.16.0"
     assert [case["first_failure"] for case in found["cases"]] == [None, None]
-    assert any("position ids" in each for each in found["by_design"])
+    assert sum("position" in each for each in found["by_design"]) == 1
 
 
 def test_a_failed_gate_exits_with_1_and_names_the_quantity(cli, toy_recipe, monkeypatch):
@@ -262,8 +320,10 @@ def test_prompts_that_do_not_fit_the_mini_batches_are_refused(cli, toy_recipe):
 
 
 def test_the_table_of_presets_says_what_was_not_compared(cli, toy_recipe, monkeypatch):
-    monkeypatch.setattr(report, "PRESETS", {"grpo": {}, "rloo": {}})
+    monkeypatch.setattr(report, "PRESETS", {"grpo": {}, "rloo": {}, "reinforce_pp": {}})
+    monkeypatch.setattr("grpo_lab.compare.sheet.covers", lambda algorithm: False)
     ran = cli("compare", toy_recipe, "--parity", "--presets")
     assert ran.code == 0
-    assert ran.out.count("pass") == 1 + 2  # both cases, and the verdict
-    assert "rloo (beta 0.05): not compared. algorithm.advantage_baseline" in ran.out
+    assert ran.out.count("pass") == 1 + 2 + 2  # both cases, and the verdict
+    assert "RLOOTrainer" in ran.out
+    assert "reinforce_pp (beta 0.01): not compared. algorithm.advantage_baseline" in ran.out

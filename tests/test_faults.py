@@ -4,6 +4,7 @@
 import itertools
 import json
 import resource
+import shutil
 import sys
 import types
 from collections.abc import Callable
@@ -259,6 +260,89 @@ def test_a_reward_that_fails_once_in_eight_is_counted_and_the_run_goes_on(train,
     assert [row["status"]["fault"] for row in rows] == ["ok", "ok", "error", *["ok"] * 5]
     assert [row["total"] is None for row in rows] == [False, False, True, *[False] * 5]
     assert rows[2]["terms"] == {"fault": None}
+
+
+@pytest.mark.parametrize(
+    "fault, status",
+    [("time.sleep(60)", "timeout"), ("sum(range(10**12))", "timeout"), ("os._exit(1)", "crashed")],
+)
+def test_a_reward_that_hangs_or_dies_once_in_eight_is_counted_and_the_run_goes_on(
+    train, run, with_reward, fault, status
+):
+    with_reward(
+        f"""
+        import os, pathlib, time
+
+        @reward
+        def fault(completion):
+            calls = pathlib.Path({str(run.parent.parent / "calls")!r})  # a module's own counter dies with its process
+            calls.open("a").write(".")
+            if len(calls.read_text()) == 3:
+                {fault}
+            return float(len(completion.text))
+        """
+    )
+    ran = train("stages.grpo.reward_timeout_seconds=1")
+    assert (ran.code, ran.err) == (0, "")
+    rows = read_jsonl(run / "grpo" / "rollouts" / "step-000001.jsonl")
+    assert [row["status"]["fault"] for row in rows] == ["ok", "ok", status, *["ok"] * 5]
+    assert [line["lab/failed/fault"] for line in read_jsonl(run / "grpo" / "metrics.jsonl")] == [0.125, 0.0]
+    because = ['reward "fault" was stopped at its deadline'] if status == "timeout" else []
+    assert read_json(run / "run.json")["inexact_because"] == because
+
+
+def test_a_reward_s_state_is_a_part_of_the_checkpoint(train, recipe, run, monkeypatch):
+    monkeypatch.syspath_prepend(recipe.parent)
+    (recipe.parent / "with_state.py").write_text(
+        dedent(
+            """
+            class Counter:
+                def __init__(self): self.calls = 0
+                def __call__(self, completions, **kwargs):
+                    self.calls += len(completions)
+                    return [self.calls + len(each) / 7 for each in completions]
+                def state_dict(self): return {"calls": self.calls}
+                def load_state_dict(self, state): self.calls = state["calls"]
+
+            counter = Counter()
+            """
+        )
+    )
+    recipe.write_text(RECIPE.replace(LENGTH, "{name: with_state.counter}"))
+    assert train().code == 0
+    assert read_json(run / "run.json")["exact"] is True
+    metrics = (run / "grpo" / "metrics.jsonl").read_bytes()
+    shutil.rmtree(run / "grpo" / "checkpoints" / "step-000002")  # as if it had been killed before the last save
+    shutil.rmtree(run / "grpo" / "final")
+    (run / "grpo" / "result.json").unlink()
+    assert train("--resume").code == 0
+    assert (run / "grpo" / "metrics.jsonl").read_bytes() == metrics
+
+
+CODE = "{name: code, options: {%s}}"
+
+
+def test_code_runs_only_where_the_recipe_allows_it(train, recipe, run, monkeypatch):
+    (recipe.parent / "rows.jsonl").write_text('{"prompt": "def f(x):", "test": "f(1)", "entry_point": "f"}\n' * 3)
+    text = RECIPE.replace(DATA, "data: {source: file, path: rows.jsonl, prompt: prompt}")
+    recipe.write_text(text.replace(LENGTH, CODE % ""))
+    ran = train()
+    assert (ran.code, ran.err) == (
+        3,
+        f'error: {recipe}:12:9: stages.grpo.rewards[0]: "code" runs programs that the model wrote; say so with options: '
+        "{allow_code_execution: true}\n",
+    )
+    recipe.write_text(text.replace(LENGTH, CODE % "allow_code_execution: true, minimum_isolation: no-network"))
+    monkeypatch.setattr("grpo_lab.sandbox.isolation", lambda: ("limits-only", "a test"))
+    ran = train()
+    assert ran.code == 4
+    assert 'only as "limits-only" here, less than the "no-network" asked for (a test)' in ran.err
+    assert not run.exists()
+    monkeypatch.undo()
+    recipe.write_text(text.replace(LENGTH, CODE % "allow_code_execution: true, minimum_isolation: limits-only"))
+    assert train().code == 0
+    said = [line["message"] for line in read_jsonl(run / "grpo" / "events.jsonl")]
+    assert said[0].startswith('reward "code" runs programs that the model wrote; their isolation: ')
 
 
 def test_a_reward_that_always_fails_exits_5_with_the_cause_and_the_examples(train, run, with_reward):

@@ -5,12 +5,12 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from grpo_lab.batching import pad, with_advantages, with_logps
 from grpo_lab.engines.learner import Learner, Loss, StepSums
 from grpo_lab.engines.readout import Readout, Rollouts, StepReadout, copied, gradients_of
-from grpo_lab.engines.update import update
+from grpo_lab.engines.update import GrpoLoss, update
 from grpo_lab.policy.forward import PolicyForward, learn_without_dropout
 from grpo_lab.recipe.schema import GrpoStage
 from grpo_lab.types import Batch, LogpsAndEntropy, Policy
@@ -77,6 +77,16 @@ def prepared(policy: Policy, reference: Policy | None, rollouts: Rollouts, stage
     if rollouts.old_logps is not None:
         batch = replace(batch, old_logps=rollouts.old_logps.to(batch.completion_ids.device))
     return with_advantages(batch, rollouts.scores, stage)
+
+
+def direct(model: nn.Module, batch: Batch, stage: GrpoStage) -> tuple[float, dict[str, Tensor]]:
+    """Loss and gradient of a prepared batch as it is; the engine itself would cut superfluous columns off again."""
+    model = copy.deepcopy(model).requires_grad_(True)
+    learn_without_dropout(model)
+    out = policy_forward(model, stage)(batch)
+    loss, _ = GrpoLoss(stage.algorithm)(out, batch)
+    torch.autograd.backward(loss)
+    return float(loss.detach()), gradients_of(model)
 
 
 def read_out(policy: Policy, reference: Policy | None, rollouts: Rollouts, stage: GrpoStage, *, rounds: int) -> Readout:

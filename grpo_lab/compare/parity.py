@@ -1,19 +1,23 @@
-"""Whether the native engine and TRL compute the same thing: one recorded batch through both, number by number."""
+"""Whether the native engine and TRL compute the same thing: one recorded batch through both, number by number.
 
-from dataclasses import dataclass
+What TRL lacks goes against a sheet that computes it a second time (sheet.py)."""
+
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from grpo_lab.compare import native_readout
+from grpo_lab.compare import native_readout, sheet
 from grpo_lab.compare.gates import Check, first_failure, gradient_checks, largest, worst_of
-from grpo_lab.compare.recording import Recording, record
+from grpo_lab.compare.recording import LONGEST_PRODUCT, Recording, record
 from grpo_lab.engines.readout import Readout, StepReadout
+from grpo_lab.engines.trl_config import is_rloo
 from grpo_lab.padding import pad_left
 from grpo_lab.recipe.schema import GrpoStage
 from grpo_lab.scoring import RewardSet
 from grpo_lab.types import Example, Policy
 
+GRPO, RLOO, SHEET = "GRPOTrainer", "RLOOTrainer", "float64 sheet"
 LEARNING_RATE = 1e-2  # plain SGD: Adam would divide rounding by small second moments
 ROUNDS = 2  # how often the batch is learnt from
 REWARD_GATE = ADVANTAGE_GATE = LOGP_GATE = KL_GATE = LOSS_GATE = GRADIENT_GATE = 1e-5
@@ -41,6 +45,7 @@ class Parity:
     """The outcome of one case: `in_order` as computed, step by step."""
 
     case: Case
+    against: str
     in_order: list[Check]
     notes: list[str]
 
@@ -58,23 +63,55 @@ class Parity:
 def compare(
     policy: Policy, examples: list[Example], rewards: RewardSet, stage: GrpoStage, case: Case, *, seed: int
 ) -> Parity:
-    """Both engines on one recorded batch.
+    """Both engines on one recorded batch, or the native one and the sheet.
 
     Raises:
-        RecipeError: the algorithm has something that TRL lacks.
+        RecipeError: the algorithm has something that neither TRL nor the sheet has.
         SetupError: another TRL than the one that can be read.
     """
-    from grpo_lab.engines import trl_probe  # five seconds of import
-
+    against = partner(stage)
+    if stage.algorithm.top_entropy_quantile < 1 or stage.algorithm.entropy_bonus > 0:
+        case = replace(case, accumulation=1)
     alike = position_gap(policy, examples) > LOGP_GATE
     examples = [examples[0]] * len(examples) if alike else examples
     stage = for_parity(stage, num_prompts=len(examples), accumulation=case.accumulation)
     recording = record(policy, examples, rewards, stage, seed=seed, off_policy=case.off_policy)
     reference = recording.reference if stage.algorithm.beta > 0 else None
     native = native_readout.read_out(policy, reference, recording.rollouts, stage, rounds=ROUNDS)
-    theirs = trl_probe.read_out(policy, reference, recording.rollouts, stage, rounds=ROUNDS)
+    if against == SHEET:
+        theirs = sheet.read_out(policy, reference, recording.rollouts, stage, rounds=ROUNDS)
+    else:
+        from grpo_lab.engines import trl_probe  # five seconds of import
+
+        theirs = trl_probe.read_out(policy, reference, recording.rollouts, stage, rounds=ROUNDS)
     start = dict(policy.model.named_parameters())
-    return Parity(case, checks(native, theirs, start), notes(recording, native, theirs, one_prompt=alike))
+    said = [*notes(recording, native, theirs, one_prompt=alike), *narrowed(stage)]
+    return Parity(case, against, checks(native, theirs, start), said)
+
+
+def partner(stage: GrpoStage) -> str:
+    """Whom the native engine is compared with."""
+    if sheet.covers(stage.algorithm):
+        return SHEET
+    return RLOO if is_rloo(stage) else GRPO
+
+
+def narrowed(stage: GrpoStage) -> list[str]:
+    """What is compared under narrower conditions than the rest, and why."""
+    found = []
+    if stage.algorithm.ratio_level == "sequence_sum":
+        found.append(
+            f"ratios of whole completions: compared on their first {LONGEST_PRODUCT} tokens and with a tenth of the rate; "
+            "TRL subtracts two float32 sums of log-probs, whose rounding reaches the gates where they are longer"
+        )
+    if stage.algorithm.top_entropy_quantile < 1:
+        found.append(
+            "top_entropy_quantile: TRL takes it per micro-batch and under the policy of the moment, ours over the whole "
+            "optimiser step under pi_old; compared with one micro-batch and one update per batch, where they are the same"
+        )
+    if stage.algorithm.entropy_bonus > 0:
+        found.append("entropy_bonus: TRL's is a mean of micro-batch means; compared with one micro-batch")
+    return found
 
 
 def for_parity(stage: GrpoStage, *, num_prompts: int, accumulation: int) -> GrpoStage:
@@ -82,11 +119,17 @@ def for_parity(stage: GrpoStage, *, num_prompts: int, accumulation: int) -> Grpo
 
     Dynamic sampling comes before a batch is recorded, and the reference stays as it is: both are off.
     """
-    rows = num_prompts * stage.sampling.num_generations // stage.algorithm.num_minibatches
+    changes: dict[str, Any] = {"sampling_attempts": 1, "reference_refresh": None}
+    if stage.algorithm.top_entropy_quantile < 1:  # see narrowed
+        changes |= {"num_iterations": 1, "num_minibatches": 1}
+    algorithm = stage.algorithm.model_copy(update=changes)
+    # Products of ratios are not clipped in rloo: at the larger rate plain SGD diverges on them and only rounding is compared.
+    rate = LEARNING_RATE / 10 if algorithm.ratio_level == "sequence_sum" else LEARNING_RATE
+    rows = num_prompts * stage.sampling.num_generations // algorithm.num_minibatches
     optimizer = stage.optimizer.model_copy(
         update={
             "name": "sgd",
-            "learning_rate": LEARNING_RATE,
+            "learning_rate": rate,
             "schedule": "constant",
             "warmup_steps": 0,
             "weight_decay": 0.0,
@@ -98,10 +141,11 @@ def for_parity(stage: GrpoStage, *, num_prompts: int, accumulation: int) -> Grpo
     return stage.model_copy(
         update={
             "optimizer": optimizer,
-            "algorithm": stage.algorithm.model_copy(update={"sampling_attempts": 1, "reference_refresh": None}),
+            "algorithm": algorithm,
             "micro_batch_size": size,
             "prompts_per_step": num_prompts,
             "evaluation": None,
+            "reward_control": None,
         }
     )
 

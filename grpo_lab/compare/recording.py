@@ -16,7 +16,8 @@ from grpo_lab.seeds import derive_seed
 from grpo_lab.types import Completion, Example, Group, Policy, Scores
 
 REFERENCE_SPREAD = 0.2  # noise on every weight of the reference, as a share of the tensor's own std
-OLD_SPREAD = 0.3  # noise on every old log-prob, in nats: ratios from about 0.4 to 2.5
+OLD_SPREAD = 0.3  # noise on every old log-prob (or on a completion's sum), in nats: ratios from about 0.4 to 2.5
+LONGEST_PRODUCT = 12  # tokens, where their log-probs are summed: float32 sums of more are off by the gates' own size
 REWARD_LEVELS = (0.0, 0.25, 0.5, 1.0)
 
 
@@ -35,6 +36,7 @@ def record(
     """Sample completions and score them; the reference is another policy, so that its KL is not 0.
 
     `off_policy`: the old log-probs are drawn around the policy's own, so that ratios lie on both sides of any clip.
+    Where a ratio is the product over a completion, its tokens' are drawn closer, or plain SGD would diverge on it.
     """
     groups = uneven(policy, list(examples), stage, seed=seed)
     scores, invented = scored(groups, rewards, seed=seed)
@@ -43,7 +45,9 @@ def record(
         policy.model.eval()
         own = completion_logps(policy, pad(groups, policy), temperature=stage.sampling.temperature).cpu()
         generator = torch.Generator().manual_seed(derive_seed(seed, "old"))
-        old_logps = torch.where(own == 0, own, own + OLD_SPREAD * torch.randn(own.shape, generator=generator))
+        is_product = stage.algorithm.ratio_level == "sequence_sum"
+        spread = OLD_SPREAD / own.shape[1] ** 0.5 if is_product else OLD_SPREAD
+        old_logps = torch.where(own == 0, own, own + spread * torch.randn(own.shape, generator=generator))
     weights = tuple(term.weight_at() for term in rewards.terms)
     reference = perturbed(policy, derive_seed(seed, "reference"))
     return Recording(reference, Rollouts(tuple(groups), scores, weights, old_logps), invented)
@@ -68,6 +72,8 @@ def uneven(policy: Policy, examples: list[Example], stage: GrpoStage, *, seed: i
     """
     endless = NativeSampler(replace(policy, eos_ids=()), Decoding.of(stage.sampling))
     count, limit = stage.sampling.num_generations, stage.sampling.max_completion_length
+    if stage.algorithm.ratio_level == "sequence_sum":
+        limit = min(limit, LONGEST_PRODUCT)
     lengths = torch.linspace(1, limit, count).round().long()
     groups = endless.sample(examples, num_generations=count, seed=derive_seed(seed, "parity"))
     return [

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from grpo_lab.assemble import Plan
 from grpo_lab.compare.gates import Check, as_json, first_failure, new_table, table
-from grpo_lab.compare.parity import CASES, Case, Parity, compare, position_gap
+from grpo_lab.compare.parity import CASES, SHEET, Case, Parity, compare, partner, position_gap
 from grpo_lab.compare.self_check import self_check
 from grpo_lab.engines.trl_config import differences
 from grpo_lab.errors import RecipeError, UsageError
@@ -112,9 +112,10 @@ def run_case(of: Subject, case: Case) -> Parity:
     return compare(of.policy, of.examples, of.rewards, of.stage, case, seed=of.seed)
 
 
-def self_report(of: Subject) -> dict[str, Any]:
+def self_report(of: Subject, *, processes: int) -> dict[str, Any]:
     """The native engine against itself."""
-    found = self_check(of.policy, of.examples, of.rewards, of.stage, seed=of.seed)
+    processes = min(processes, len(of.examples))  # each takes whole groups
+    found = self_check(of.policy, of.examples, of.rewards, of.stage, seed=of.seed, processes=processes)
     failed = first_failure(found)
     return {**header(of), "checks": as_json(found), "first_failure": failed, "passed": failed is None}
 
@@ -128,6 +129,8 @@ def header(of: Subject) -> dict[str, Any]:
 
 def by_design(of: Subject, stage: GrpoStage) -> list[str]:
     """Where the two engines differ on purpose, with what can be measured on this model measured."""
+    if partner(stage) == SHEET:
+        return []
     gap = position_gap(of.policy, of.examples)
     return [
         *differences(stage),
@@ -141,6 +144,7 @@ def parity_json(found: Parity) -> dict[str, Any]:
     """Plain values."""
     return {
         "case": found.case.name,
+        "against": found.against,
         "checks": as_json(found.checks),
         "first_failure": found.first_failure,
         "notes": found.notes,
@@ -157,10 +161,11 @@ def show_parity(report: Mapping[str, Any], console: Console) -> None:
     """One table per case, its notes, and what differs by design."""
     show_header(report, console)
     for case in report["cases"]:
-        console.print(table(f"native against trl: {case['case']}", checks_of(case["checks"])))
+        console.print(table(f"native against {case['against']}: {case['case']}", checks_of(case["checks"])))
         for note in case["notes"]:
             line(console, f"  note: {note}")
-    line(console, "\nBy design the engines differ in:")
+    if report["by_design"]:
+        line(console, "\nBy design the engines differ in:")
     for each in report["by_design"]:
         line(console, f"  - {each}")
     verdict(console, [case["first_failure"] for case in report["cases"]])
@@ -169,18 +174,22 @@ def show_parity(report: Mapping[str, Any], console: Console) -> None:
 def show_presets(report: Mapping[str, Any], console: Console) -> None:
     """One row per variant and case: the largest difference of each quantity, as a share of its gate."""
     show_header(report, console)
-    title = "native against trl: differences as shares of their gates (1 = at the gate)"
-    shown: Table = new_table(title, ["variant", "case", *COLUMNS.values(), ""])
+    title = "differences as shares of their gates (1 = at the gate); trainers are TRL's"
+    shown: Table = new_table(title, ["native", "against", "case", *COLUMNS.values(), ""])
     missing = []
     for row in report["variants"]:
         if "not_in_trl" in row:
             missing.append(row)
             continue
         shares = {check["quantity"]: share(check) for check in row["checks"]}
-        cells = [f"{shares[name]:.2f}" if name in shares else "" for name in COLUMNS]
+        cells = [short(shares[name]) if name in shares else "" for name in COLUMNS]
         passed = row["first_failure"] is None
         shown.add_row(
-            row["variant"], row["case"], *cells, "pass" if passed else f"[bold red]FAIL {row['first_failure']}[/]"
+            row["variant"],
+            row["against"],
+            row["case"],
+            *cells,
+            "pass" if passed else f"[bold red]FAIL {row['first_failure']}[/]",
         )
     console.print(shown)
     for row in missing:
@@ -193,12 +202,23 @@ def share(check: Mapping[str, Any]) -> float:
     return float(check["difference"]) / check["gate"] if check["gate"] else float(check["difference"])
 
 
+def short(value: float) -> str:
+    """In few places, however large."""
+    return f"{value:.2f}" if value < 100 else f"{value:.0e}"
+
+
 def show_self(report: Mapping[str, Any], console: Console) -> None:
     """One table."""
     show_header(report, console)
     console.print(
         table("native against itself: one optimiser step, in one piece and otherwise", checks_of(report["checks"]))
     )
+    if any("processes" in row["quantity"] for row in report["checks"]):
+        line(
+            console,
+            "  note: training itself runs in one process; several real ones each took some groups of this step,",
+        )
+        line(console, "  with the weights of the whole step, and added up their losses and gradients")
     verdict(console, [report["first_failure"]])
 
 

@@ -9,6 +9,8 @@ from rich.table import Table
 
 from grpo_lab.algorithm.intervals import bootstrap_interval
 from grpo_lab.compare.gates import new_table
+from grpo_lab.compare.picture import Curve, draw, sparkline
+from grpo_lab.compare.picture import bounds as bounds_of
 from grpo_lab.errors import UsageError
 from grpo_lab.recipe import Recipe, load_recipe
 from grpo_lab.recipe.resolved import difference
@@ -19,6 +21,7 @@ from grpo_lab.tracking.files import read_json, read_jsonl
 from grpo_lab.tracking.run_folder import RESOLVED, RUN, StageFolder
 
 LAST_STEPS = 10  # training metrics are averaged over so many last steps
+GREEDY = "eval_greedy/reward/mean"
 METRICS = ("reward", "reward_std", "kl", "entropy", "completions/mean_length", "completions/clipped_ratio", "loss")
 
 
@@ -60,7 +63,8 @@ def common_stages(paths: Sequence[Path], recipes: Sequence[Recipe]) -> list[str]
 def compare_stage(name: str, paths: Sequence[Path], recipes: Sequence[Recipe]) -> dict[str, Any]:
     """Training metrics of each run, and held-out quantities with their paired difference to the first run."""
     folders = [StageFolder(path / name) for path in paths]
-    found: dict[str, Any] = {"training": [last_metrics(read_jsonl(folder.metrics)) for folder in folders]}
+    logs = [read_jsonl(folder.metrics) for folder in folders]
+    found: dict[str, Any] = {"training": [last_metrics(lines) for lines in logs], "curves": [curve(ls) for ls in logs]}
     stages = [recipe.stages[name] for recipe in recipes]
     if all(stage.evaluation is not None for stage in stages):
         rows = [read_jsonl(folder.evaluation(stage.steps)) for folder, stage in zip(folders, stages, strict=True)]
@@ -76,6 +80,24 @@ def last_metrics(lines: Rows) -> dict[str, float]:
         if values:
             out[name] = sum(values) / len(values)
     return out
+
+
+def curve(lines: Rows) -> dict[str, list[list[Any]]]:
+    """[step, reward] while training (what answers were worth, whatever was learnt from), and held-out and greedy."""
+    return {
+        "training": [[x["step"], x.get("lab/real_reward", x["reward"])] for x in lines if x.get("reward") is not None],
+        "held_out": [[x["step"], x[GREEDY]] for x in lines if x.get(GREEDY) is not None],
+    }
+
+
+def picture(found: Mapping[str, Any]) -> str:
+    """All runs' curves, as SVG; of the last stage that they share."""
+    name, stage = list(found["stages"].items())[-1]
+    curves = [
+        Curve(Path(run).name, [(x, y) for x, y in each["training"]], rings=[(x, y) for x, y in each["held_out"]])
+        for run, each in zip(found["runs"], stage["curves"], strict=True)
+    ]
+    return draw(f"{name}: reward by step: lines = sampled while training, rings = held-out, greedy", curves)
 
 
 def held_out(runs: Sequence[Rows]) -> dict[str, dict[str, Any]]:
@@ -127,16 +149,26 @@ def show_runs(found: Mapping[str, Any], console: Console) -> None:
         for line in lines or ["the same recipe"]:
             console.print(f"  {safe(line)}", markup=False, highlight=False, soft_wrap=True)
     for name, stage in found["stages"].items():
-        console.print(training_table(name, found["runs"], stage["training"]))
+        console.print(training_table(name, found["runs"], stage["training"], sparklines(stage["curves"])))
         if stage.get("held_out"):
             console.print(held_out_table(name, found["runs"], stage["held_out"]))
 
 
-def training_table(stage: str, runs: Sequence[str], metrics: Sequence[Mapping[str, float]]) -> Table:
-    """One row per metric, one column per run."""
+def sparklines(curves: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Each run's reward by step as a line of blocks; all between the same lowest and highest."""
+    rewards = [[value for _, value in each["training"]] for each in curves]
+    low, high = bounds_of([value for values in rewards for value in values])
+    return [sparkline(values, low=low, high=high) for values in rewards]
+
+
+def training_table(
+    stage: str, runs: Sequence[str], metrics: Sequence[Mapping[str, float]], curves: Sequence[str]
+) -> Table:
+    """One row per metric, one column per run; first the course of the reward."""
     shown = new_table(
         f"{stage}: training, mean of the last {LAST_STEPS} steps", ["metric", *(Path(r).name for r in runs)]
     )
+    shown.add_row("reward, all steps", *curves)
     for name in METRICS:
         if any(name in each for each in metrics):
             shown.add_row(name, *(f"{each[name]:.4f}" if name in each else "" for each in metrics))

@@ -1,6 +1,5 @@
-"""Whether the native loss and gradient depend on what must not matter: micro-batches, padding, the order of rows."""
+"""Whether the native loss and gradient depend on what must not matter: micro-batches, padding, the order of rows, processes."""
 
-import copy
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -8,12 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from grpo_lab.compare.gates import Check, gradient_checks
-from grpo_lab.compare.native_readout import loss_scale, policy_forward, prepared, read_out
+from grpo_lab.compare.native_readout import direct, loss_scale, policy_forward, prepared, read_out
 from grpo_lab.compare.parity import GRADIENT_GATE, LOSS_GATE, for_parity
+from grpo_lab.compare.processes import over_processes
 from grpo_lab.compare.recording import record
-from grpo_lab.engines.readout import Rollouts, gradients_of
+from grpo_lab.engines.readout import Rollouts
 from grpo_lab.engines.update import GrpoLoss
-from grpo_lab.policy.forward import learn_without_dropout
 from grpo_lab.recipe.schema import GrpoStage
 from grpo_lab.scoring import RewardSet
 from grpo_lab.seeds import derive_seed
@@ -24,9 +23,13 @@ Result = tuple[float, dict[str, Tensor]]
 
 
 def self_check(
-    policy: Policy, examples: list[Example], rewards: RewardSet, stage: GrpoStage, *, seed: int
+    policy: Policy, examples: list[Example], rewards: RewardSet, stage: GrpoStage, *, seed: int, processes: int = 1
 ) -> list[Check]:
-    """Loss and gradient of one optimiser step on one recorded batch, against those of the batch in one piece."""
+    """Loss and gradient of one optimiser step on one recorded batch, against those of the batch in one piece.
+
+    Args:
+        processes: so many real processes share the batch for one of the checks (see processes.py); 1 leaves it out.
+    """
     once = stage.algorithm.model_copy(update={"num_iterations": 1, "num_minibatches": 1})
     stage = for_parity(stage.model_copy(update={"algorithm": once}), num_prompts=len(examples), accumulation=1)
     recording = record(policy, examples, rewards, stage, seed=seed, off_policy=True)
@@ -45,9 +48,12 @@ def self_check(
     count = rollouts.num_rows
     for size in sorted({1, 3, count // 4, count // 2} - {0, count}):
         found += differences(f"micro-batches of {size}", whole, engine(rollouts, size), scale)
-    found += differences("padding", whole, direct(policy, padded(batch, policy.pad_id), stage), scale)
+    found += differences("padding", whole, direct(policy.model, padded(batch, policy.pad_id), stage), scale)
     for name, order in orders(rollouts, seed=seed):
         found += differences(name, whole, engine(order, None), scale)
+    if processes > 1:
+        shared = over_processes(policy, batch, stage, processes)
+        found += differences(f"{processes} processes", whole, shared, scale)
     return found
 
 
@@ -63,16 +69,6 @@ def scale_of(policy: Policy, batch: Batch, stage: GrpoStage) -> float:
     with torch.no_grad():
         out = policy_forward(policy.model, stage)(batch)
     return loss_scale(GrpoLoss(stage.algorithm), out, batch)
-
-
-def direct(policy: Policy, batch: Batch, stage: GrpoStage) -> Result:
-    """Loss and gradient of a batch as it is; the engine itself would cut superfluous columns off again."""
-    model: nn.Module = copy.deepcopy(policy.model).requires_grad_(True)
-    learn_without_dropout(model)
-    out = policy_forward(model, stage)(batch)
-    loss, _ = GrpoLoss(stage.algorithm)(out, batch)
-    loss.backward()
-    return float(loss.detach()), gradients_of(model)
 
 
 def padded(batch: Batch, pad_id: int) -> Batch:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +46,7 @@ def make_optimizer(model: nn.Module, settings: Optimizer) -> torch.optim.Optimiz
     groups = [group for group in groups if group["params"]]
     if settings.name == "sgd":
         return torch.optim.SGD(groups, lr=settings.learning_rate, momentum=settings.momentum)
-    return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=settings.betas, eps=settings.epsilon)
+    return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=settings.betas, eps=settings.epsilon, fused=True)
 
 
 @dataclass
@@ -60,7 +61,10 @@ class StepSums:
 
 
 class Learner:
-    """The policy's forward pass with its optimiser, prepared by accelerate. Its state outlives a step."""
+    """The policy's forward pass with its optimiser, prepared by accelerate. Its state outlives a step.
+
+    `forward` is a PolicyForward: a module from a batch to log-probs that also says where to cut a batch.
+    """
 
     def __init__(
         self,
@@ -76,6 +80,7 @@ class Learner:
         self.settings = settings
         self.total_steps = total_steps
         self.micro_batch_size = micro_batch_size
+        self.micro_batches: Any = forward.micro_batches
         self.forward, self.optimizer = self.accelerator.prepare(forward, make_optimizer(forward, settings))
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.steps_done = 0
@@ -91,9 +96,8 @@ class Learner:
         for group in self.optimizer.param_groups:
             group["lr"] = out.learning_rate
         self.optimizer.zero_grad()
-        size = self.micro_batch_size or batch.num_rows
-        for start in range(0, batch.num_rows, size):
-            rows = batch.rows(start, min(start + size, batch.num_rows))
+        for start, stop in self.micro_batches(batch, self.micro_batch_size):
+            rows = batch.rows(start, stop)
             share, sums = loss(self.forward(rows), rows)
             self.accelerator.backward(share)
             out.loss += float(share.detach())

@@ -16,7 +16,7 @@ from grpo_lab.engines.update import update
 from grpo_lab.policy.forward import learn_without_dropout
 from grpo_lab.recipe.schema import GrpoStage
 from grpo_lab.sampling.decoding import Sampler
-from grpo_lab.scoring import RewardSet, before_step, check_budget
+from grpo_lab.scoring import RewardSet, before_step, check_budget, controlled
 from grpo_lab.seeds import derive_seed
 from grpo_lab.tracking.metrics import sampling_metrics, step_metrics
 from grpo_lab.tracking.stopwatch import Stopwatch
@@ -98,7 +98,7 @@ def _draw(parts: Parts, examples: list[Example], seed: int, step: int, clock: St
     scores = parts.rewards.score(groups, before_step(parts.stage, step))
     check_budget(scores, groups, max_failed=parts.stage.max_failed_rewards, folder=parts.folder)
     clock.lap("score")
-    return groups, scores
+    return groups, controlled(scores, parts.stage.reward_control, seed=derive_seed(seed, "control"))
 
 
 def replaced(scores: Scores, others: Scores, swaps: Mapping[int, int]) -> Scores:
@@ -127,4 +127,7 @@ def replaced(scores: Scores, others: Scores, swaps: Mapping[int, int]) -> Scores
             for column, rows in scores.extra.items()
         },
         logged={name: (*scores.logged[name], *others.logged.get(name, ())) for name in scores.logged},
+        real_total=None
+        if scores.real_total is None or others.real_total is None
+        else put(scores.real_total, others.real_total),
     )

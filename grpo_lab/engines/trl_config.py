@@ -85,6 +85,10 @@ SHARED: Mapping[str, str] = {
     "data": "the prompt stream",
     "rewards": "RewardSet, which TRL asks through one function per term",
     "max_failed_rewards": "check_budget",
+    "reward_workers": "Workers, which RewardSet asks",
+    "reward_timeout_seconds": "Workers, which RewardSet asks",
+    "reward_memory_gib": "Workers, which RewardSet asks",
+    "reward_control": "controlled, before TRL is given the one total",
     "checkpoint": "asks TRL for checkpoints and keeps the newest",
     "evaluation": "evaluate",
     "sampling.backend": "auto is TRL's own generation; native and hf are this project's samplers, through rollout_func",
@@ -170,6 +174,29 @@ def scheduled(stage: GrpoStage) -> frozenset[str]:
     return frozenset(term.key for term in stage.reward_terms if isinstance(term.weight, WeightSchedule))
 
 
+def is_rloo(stage: GrpoStage) -> bool:
+    """Whether TRL's RLOOTrainer computes this algorithm, which its GRPOTrainer refuses. It trains nothing here: only
+    parity asks."""
+    values = stage.algorithm.model_dump()
+    return all(values[key] in allowed for key, allowed in RLOO.items()) and (
+        stage.algorithm.beta == 0 or (stage.algorithm.kl_placement, stage.algorithm.kl_estimator) == ("reward", "k1")
+    )
+
+
+RLOO: Mapping[str, tuple[Any, ...]] = {
+    "reward_aggregation": ("sum",),
+    "advantage_baseline": ("leave_one_out",),
+    "surrogate": ("none", "clipped"),
+    "ratio_level": ("sequence_sum",),
+    "reduction": ("sequence",),
+    "delta": (None,),
+    "entropy_bonus": (0.0,),
+    "top_entropy_quantile": (1.0,),
+    "mask_truncated_completions": (False,),
+    "sampler_correction": ("none",),
+}
+
+
 def require_trl() -> None:
     """Refuse to go on without the one TRL version whose behaviour is known here.
 
@@ -243,7 +270,9 @@ def arguments(stage: GrpoStage, model: Model, *, seed: int) -> dict[str, Any]:
         "min_p": sampling.min_p or None,
         "reward_weights": [
             1.0 if isinstance(term.weight, WeightSchedule) else term.weight for term in stage.reward_terms
-        ],
+        ]
+        if stage.reward_control is None
+        else [1.0],
         **_loss_arguments(stage),
         "num_iterations": algorithm.num_iterations,
     }
@@ -282,7 +311,6 @@ def differences(stage: GrpoStage) -> list[str]:
         "the native engine leaves it out",
         "TRL's kl, entropy and clip ratios are means over micro-batches, the native engine's are means over all tokens",
         "a group of equal rewards has exactly 0 advantage in the native engine, in TRL what rounding leaves",
-        "TRL passes no position ids: with absolute position embeddings left padding changes its log-probs",
     ]
     if algorithm.num_minibatches > 1:
         found.append("TRL's mini-batches are random rows of the step, the native engine's are whole groups")

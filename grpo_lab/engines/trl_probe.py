@@ -1,7 +1,8 @@
-"""Reads out, number by number, what TRL's GRPOTrainer makes of a recorded batch. The only file that hooks TRL's private
+"""Reads out, number by number, what TRL's GRPOTrainer or RLOOTrainer makes of a recorded batch. The only file that hooks TRL's private
 parts, so it takes the one TRL version that it was written for and refuses any other."""
 
 import copy
+import dataclasses
 import math
 import tempfile
 import warnings
@@ -17,15 +18,17 @@ from accelerate import Accelerator
 from datasets import Dataset
 from torch import Tensor
 from transformers import PrinterCallback
-from trl import GRPOConfig, GRPOTrainer
-from trl.trainer import grpo_trainer
+from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
+from trl.trainer import grpo_trainer, rloo_trainer
 
 from grpo_lab.algorithm.advantages import has_signal
 from grpo_lab.engines.readout import Readout, Rollouts, StepReadout, copied, gradients_of
-from grpo_lab.engines.trl_config import VERSION, arguments, unsupported
+from grpo_lab.engines.trl_config import VERSION, arguments, is_rloo, unsupported
 from grpo_lab.errors import RecipeError, SetupError
 from grpo_lab.recipe.schema import GrpoStage, Model
 from grpo_lab.types import Group, Policy
+
+NEVER = 1e9  # a ratio is never clipped this far from 1
 
 
 class Probe(GRPOTrainer):
@@ -65,6 +68,51 @@ class Probe(GRPOTrainer):
         return loss
 
 
+class RlooProbe(RLOOTrainer):
+    """TRL's other trainer, likewise. It has no hook for completions from elsewhere, so two of its methods give them."""
+
+    def __init__(self, rollouts: Rollouts, stage: GrpoStage, **settings: Any) -> None:
+        self.rollouts = rollouts
+        self.teaches = torch.ones(rollouts.num_rows, dtype=torch.bool)  # rewards with a KL in them are never equal
+        self.batches: list[dict[str, Any]] = []
+        self.computed_advantages: list[Tensor] = []
+        self.parts: list[tuple[Tensor, float | None, float]] = []
+        self.passes: list[Tensor] = []  # log-probs of the forward passes since completions were "generated"
+        self.texts: tuple[str, ...] = ()
+        self.recorded = recorded_rollout(rollouts)
+        super().__init__(**settings)
+
+    def _tokenize_prompts(self, prompts: list[Any]) -> Any:
+        return self.recorded(prompts, self)["prompt_ids"], None, {}
+
+    def _generate_single_turn(self, *_: Any) -> Any:
+        return [list(completion.token_ids) for group in self.rollouts.groups for completion in group.completions]
+
+    def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
+        found = super()._get_per_token_logps_and_entropies(*args, **kwargs)
+        if not self.passes and self.rollouts.old_logps is not None:  # the first pass is for log pi_old
+            found = (self.rollouts.old_logps.to(found[0]), *found[1:])
+        self.passes.append(found[0].detach())
+        return found
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        self.passes = []
+        batch = super()._generate_and_score_completions(inputs)
+        self.computed_advantages.append(batch["advantages"].clone())
+        names = ("old_per_token_logps", "ref_per_token_logps")
+        batch |= dict(zip(names, self.passes, strict=False))  # without a KL there is no reference
+        self.batches.append(batch)
+        answers = list(self._logs["completion"])
+        self.texts = tuple(answer if isinstance(answer, str) else answer[0]["content"] for answer in answers)
+        return batch
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        loss: Tensor = super()._compute_loss(model, inputs)
+        share = float(loss.detach()) / self.args.gradient_accumulation_steps  # transformers divides its gradient, too
+        self.parts.append((self.passes[-1][inputs["completion_mask"].bool()].cpu(), None, share))
+        return loss
+
+
 def read_out(policy: Policy, reference: Policy | None, rollouts: Rollouts, stage: GrpoStage, *, rounds: int) -> Readout:
     """Train a copy of the policy on the recorded batch `rounds` times with SGD, through TRL, and read out everything.
 
@@ -81,11 +129,12 @@ def read_out(policy: Policy, reference: Policy | None, rollouts: Rollouts, stage
             reference.model.save_pretrained(folder)
             model.config._name_or_path = folder
         optimizer = torch.optim.SGD(model.parameters(), lr=stage.optimizer.learning_rate)
-        probe = Probe(
+        trainer, config = (RlooProbe, RLOOConfig) if is_rloo(stage) else (Probe, GRPOConfig)
+        probe = trainer(
             rollouts,
             stage,
             model=model,
-            args=GRPOConfig(**settings(stage, rollouts, steps=steps, folder=Path(folder))),
+            args=config(**settings(stage, rollouts, steps=steps, folder=Path(folder))),
             reward_funcs=reward_functions(rollouts),
             train_dataset=Dataset.from_list([{"prompt": prompt_of(group)} for group in rollouts.groups]),
             processing_class=copy.deepcopy(policy.tokenizer),
@@ -104,7 +153,7 @@ def check_version(found: str) -> None:
         raise SetupError(f"parity reads private parts of trl {VERSION}, found {found}; pip install trl=={VERSION}")
 
 
-def readout_of(probe: Probe, gradients: Sequence[dict[str, Tensor]], weights: dict[str, Tensor]) -> Readout:
+def readout_of(probe: Probe | RlooProbe, gradients: Sequence[dict[str, Tensor]], weights: dict[str, Tensor]) -> Readout:
     """What the probe remembers, micro-batches put together to optimiser steps."""
     first = probe.batches[0]
     mask = first["completion_mask"].bool()
@@ -136,11 +185,18 @@ def readout_of(probe: Probe, gradients: Sequence[dict[str, Tensor]], weights: di
 
 def settings(stage: GrpoStage, rollouts: Rollouts, *, steps: int, folder: Path) -> dict[str, Any]:
     """The engine's own settings for this stage, but without logs, clipping or the recipe's number of steps."""
-    problems = unsupported(stage)
+    rloo = is_rloo(stage)
+    problems = [] if rloo else unsupported(stage)
     if problems:
         raise RecipeError([f"{'.'.join(place)}: {message}" for place, message in problems])
+    values = arguments(stage, Model(path="given as an object"), seed=0)
+    if rloo:
+        known = {field.name for field in dataclasses.fields(RLOOConfig)}
+        values = {key: value for key, value in values.items() if key in known}
+        if stage.algorithm.surrogate == "none":  # TRL always clips; so far away that it never does
+            values |= {"epsilon": NEVER, "epsilon_high": NEVER}
     return {
-        **arguments(stage, Model(path="given as an object"), seed=0),
+        **values,
         "output_dir": str(folder),
         "max_steps": steps,
         "max_grad_norm": 0.0,  # off: gradients are compared as they are
@@ -199,11 +255,13 @@ def teaches(rollouts: Rollouts, stage: GrpoStage) -> Tensor:
 def in_recorded_order() -> Iterator[None]:
     """TRL shuffles rows before it cuts them into mini-batches; within this block it keeps their order."""
     original = grpo_trainer.shuffle_sequence_dict
-    grpo_trainer.shuffle_sequence_dict = lambda batch: batch
+    for module in (grpo_trainer, rloo_trainer):
+        module.shuffle_sequence_dict = lambda batch: batch
     try:
         yield
     finally:
-        grpo_trainer.shuffle_sequence_dict = original
+        for module in (grpo_trainer, rloo_trainer):
+            module.shuffle_sequence_dict = original
 
 
 class Formula(GRPOTrainer):

@@ -13,7 +13,7 @@ from grpo_lab.engines.trl_config import scheduled
 from grpo_lab.errors import RecipeError
 from grpo_lab.recipe.schema import GrpoStage
 from grpo_lab.sampling.decoding import Sampler
-from grpo_lab.scoring import RewardSet, before_step, check_budget
+from grpo_lab.scoring import RewardSet, before_step, check_budget, controlled
 from grpo_lab.seeds import derive_seed
 from grpo_lab.tracking.stopwatch import Stopwatch
 from grpo_lab.types import Completion, Example, Group, Policy, Scores
@@ -107,8 +107,19 @@ class Rollouts:
         }
 
     def reward_functions(self) -> list[RewardFunction]:
-        """One function per term, as TRL wants them; all are served from one call of the RewardSet."""
+        """One function per term, as TRL wants them; all are served from one call of the RewardSet.
+
+        Under a reward control there is one function: the total to learn from, whose weight is 1.
+        """
+        if self.parts.stage.reward_control is not None:
+            return [self._controlled_total]
         return [self._reward_function(name) for name in self.parts.rewards.names]
+
+    def _controlled_total(
+        self, completion_ids: Sequence[Sequence[int]], position: Sequence[int], **_: Any
+    ) -> list[float | None]:
+        totals = self._score(completion_ids, position).total.flatten().tolist()
+        return [total if total == total else None for total in totals]
 
     def _reward_function(self, name: str) -> RewardFunction:
         is_scheduled = name in scheduled(self.parts.stage)  # TRL then has weight 1, as its weights cannot change
@@ -131,8 +142,10 @@ class Rollouts:
         self._drawn, self._scored_ids = [], completion_ids
         self.clock.lap("learn" if "sample_seconds" in self.clock.seconds else "sample")
         step = position[0] // parts.stage.prompts_per_step
-        self.scores = parts.rewards.score(self.groups, before_step(parts.stage, step))
-        check_budget(self.scores, self.groups, max_failed=parts.stage.max_failed_rewards, folder=parts.folder)
+        scores = parts.rewards.score(self.groups, before_step(parts.stage, step))
+        check_budget(scores, self.groups, max_failed=parts.stage.max_failed_rewards, folder=parts.folder)
+        seed = derive_seed(derive_seed(parts.seed, parts.name, "sampling", step), "control")  # as the native engine's
+        self.scores = controlled(scores, parts.stage.reward_control, seed=seed)
         self.clock.lap("score")
         return self.scores
 

@@ -1,23 +1,36 @@
 """Forward passes: log-probs of completions, with gradient for the policy and without for old and reference policies."""
 
 import copy
+from itertools import pairwise
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from grpo_lab.algorithm.linear_logps import LOGITS_HELD, linear_logps
 from grpo_lab.algorithm.logps import entropy, selected_logps
+from grpo_lab.attention.interface import NotPackableError, packed_arguments
+from grpo_lab.attention.layout import PackedBatch, spread
+from grpo_lab.attention.packed import PackedAttention
+from grpo_lab.attention.probe import parts, why_plain
 from grpo_lab.types import Batch, LogpsAndEntropy, Policy
+
+# The most completion tokens whose activations are held for the backward pass, if no micro-batch size is given. More
+# would be no faster.
+TOKENS_HELD = 4096
 
 
 class PolicyForward(nn.Module):
     """The one module that is wrapped for training: a batch in, log-probs and entropy [N, T] in nats out.
 
-    All logits are divided by the sampling temperature, for the policy, the old and the reference policy alike. The LM
-    head runs on completion positions only. Positions come from the mask, so left padding is exact for absolute
-    embeddings too. Columns beyond a row's length hold finite values without meaning. The entropy has a gradient only if
-    asked for (`entropy_gradient`): it keeps another [N, T, V] tensor for the backward pass.
+    All logits are divided by the sampling temperature, for the policy, the old and the reference policy alike. Columns
+    beyond a row's length hold finite values without meaning. The entropy has a gradient only if asked for
+    (`entropy_gradient`).
+
+    Where the model allows it a batch is computed packed: each prompt once, each real token once, each needed logit
+    once, and never more logits than a stated bound. Elsewhere it is computed plainly, row by row with padding, and
+    `plain_because` says why.
     """
 
     def __init__(self, model: nn.Module, *, temperature: float, entropy_gradient: bool = False) -> None:
@@ -25,38 +38,103 @@ class PolicyForward(nn.Module):
         self.model = model
         self.temperature = temperature
         self.entropy_gradient = entropy_gradient
+        self.plain_because: str | None = None
 
     def forward(self, batch: Batch) -> LogpsAndEntropy:
-        width = batch.completion_ids.shape[1]
-        prompt_ids, prompt_mask = batch.prompt_ids[batch.prompt_index], batch.prompt_mask[batch.prompt_index]
-        mask = torch.cat([prompt_mask, batch.completion_mask], dim=1).long()
-        logits = self.model(
-            input_ids=torch.cat([prompt_ids, batch.completion_ids], dim=1),
-            attention_mask=mask,
-            position_ids=(mask.cumsum(1) - 1).clamp(min=0),
-            use_cache=False,
-            logits_to_keep=width + 1,
-        ).logits[:, :-1]  # the logits at column t-1 predict the token at column t
-        if self.temperature != 1.0:
-            logits = logits.float() / self.temperature  # bfloat16 would round the quotient; the sampler does not
-        with torch.set_grad_enabled(self.entropy_gradient and torch.is_grad_enabled()):
-            spread = entropy(logits)
-        return LogpsAndEntropy(selected_logps(logits, batch.completion_ids), spread)
+        self.plain_because = None
+        try:
+            return packed_forward(self.model, batch, temperature=self.temperature)
+        except NotPackableError as reason:
+            self.plain_because = str(reason)
+        return plain_forward(self.model, batch, temperature=self.temperature, entropy_gradient=self.entropy_gradient)
+
+    def micro_batches(self, batch: Batch, size: int | None) -> list[tuple[int, int]]:
+        """Where to cut a batch: `size` rows each, or whole groups, as many as the bounds on tokens and logits allow."""
+        if size is not None:
+            return [(start, min(start + size, batch.num_rows)) for start in range(0, batch.num_rows, size)]
+        vocabulary = self.model.get_output_embeddings().weight.shape[0]
+        tokens = batch.completion_mask.sum(1)
+        if why_plain(self.model) is not None:
+            tokens = torch.full_like(tokens, batch.completion_ids.shape[1])
+        most = min(TOKENS_HELD, LOGITS_HELD // vocabulary)
+        cuts, held = [0], 0
+        for start, stop in _groups(batch.prompt_index.tolist()):
+            own = int(tokens[start:stop].sum())
+            if held > 0 and held + own > most:
+                cuts.append(start)
+                held = 0
+            held += own
+        return list(pairwise([*cuts, batch.num_rows]))
+
+
+def packed_forward(model: nn.Module, batch: Batch, *, temperature: float) -> LogpsAndEntropy:
+    """Log-probs and entropy of a batch laid out as one row without padding; both with their gradients.
+
+    Raises:
+        NotPackableError: the model is not one that can be computed so, or not with texts as long as these.
+    """
+    reason = why_plain(model)
+    if reason is not None:
+        raise NotPackableError(reason)
+    packed = PackedBatch.of(batch)
+    decoder, head = parts(model)
+    arguments = packed_arguments(packed.ids[None], packed.positions[None], PackedAttention(packed))
+    hidden = decoder(**arguments).last_hidden_state[0]
+    out = linear_logps(
+        hidden.index_select(0, packed.predicted_at),
+        head.weight,
+        head.bias,
+        batch.completion_ids[batch.completion_mask],
+        packed.logits_row,
+        temperature=temperature,
+    )
+    return LogpsAndEntropy(spread(out.logps, batch), spread(out.entropy[packed.logits_row], batch))
+
+
+def plain_forward(
+    model: nn.Module, batch: Batch, *, temperature: float, entropy_gradient: bool = False
+) -> LogpsAndEntropy:
+    """The same, row by row: right for every decoder, whatever its attention.
+
+    Positions come from the mask, so left padding is exact for absolute embeddings too. The LM head runs on completion
+    positions only. The entropy's gradient would keep another [N, T, V] tensor, so it is there only if asked for.
+    """
+    width = batch.completion_ids.shape[1]
+    prompt_ids, prompt_mask = batch.prompt_ids[batch.prompt_index], batch.prompt_mask[batch.prompt_index]
+    mask = torch.cat([prompt_mask, batch.completion_mask], dim=1).long()
+    logits = model(
+        input_ids=torch.cat([prompt_ids, batch.completion_ids], dim=1),
+        attention_mask=mask,
+        position_ids=(mask.cumsum(1) - 1).clamp(min=0),
+        use_cache=False,
+        logits_to_keep=width + 1,
+    ).logits[:, :-1]  # the logits at column t-1 predict the token at column t
+    if temperature != 1.0:
+        logits = (
+            logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+        )  # bfloat16 would round the quotient; the sampler does not
+    with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
+        undecided = entropy(logits)
+    return LogpsAndEntropy(selected_logps(logits, batch.completion_ids), undecided)
+
+
+def _groups(prompt_index: list[int]) -> list[tuple[int, int]]:
+    """Runs of rows with the same prompt, as (start, stop)."""
+    starts = [row for row, prompt in enumerate(prompt_index) if row == 0 or prompt != prompt_index[row - 1]]
+    return list(pairwise([*starts, len(prompt_index)]))
 
 
 @torch.no_grad()
 def without_gradient(forward: PolicyForward, batch: Batch, *, micro_batch_size: int | None = None) -> LogpsAndEntropy:
     """Log-probs and entropy [N, T] in micro-batches, padded back to the batch's width with zeros."""
-    size = micro_batch_size or batch.num_rows
     logps = torch.zeros(batch.completion_ids.shape, device=batch.completion_ids.device)
-    spread = torch.zeros_like(logps)
-    for start in range(0, batch.num_rows, size):
-        rows = batch.rows(start, min(start + size, batch.num_rows))
-        out = forward(rows)
-        logps[start : start + size, : out.logps.shape[1]] = out.logps
-        spread[start : start + size, : out.entropy.shape[1]] = out.entropy
+    undecided = torch.zeros_like(logps)
+    for start, stop in forward.micro_batches(batch, micro_batch_size):
+        out = forward(batch.rows(start, stop))
+        logps[start:stop, : out.logps.shape[1]] = out.logps
+        undecided[start:stop, : out.entropy.shape[1]] = out.entropy
     outside = ~batch.completion_mask
-    return LogpsAndEntropy(logps.masked_fill(outside, 0.0), spread.masked_fill(outside, 0.0))
+    return LogpsAndEntropy(logps.masked_fill(outside, 0.0), undecided.masked_fill(outside, 0.0))
 
 
 def completion_logps(

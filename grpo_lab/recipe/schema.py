@@ -340,7 +340,8 @@ class StageBase(Block):
     steps: PositiveInt
     """Steps of the stage."""
     micro_batch_size: PositiveInt | None = None
-    """Rows held in memory at once; never changes the result. null = all of a step."""
+    """Rows held in memory at once; never changes the result. null = as many as a bound on tokens (4096)
+    and on logits (256 MiB) allows, whole groups at a time."""
     optimizer: Optimizer
     """How weights move."""
     checkpoint: Checkpoint = Checkpoint()
@@ -386,6 +387,14 @@ class GrpoStage(StageBase):
     """P: prompts per step."""
     max_failed_rewards: Fraction = 0.25
     """The run stops when more than this share of a step's completions could not be scored."""
+    reward_workers: PositiveInt = 1
+    """Processes of each reward that is not shipped with grpo-lab (a plugin's, a package's, a dotted path's)."""
+    reward_timeout_seconds: Annotated[float, Field(gt=0)] = 60.0
+    """The most seconds of one call of such a reward, whatever it scores; its process is then killed and replaced."""
+    reward_memory_gib: Annotated[float, Field(gt=0)] | None = None
+    """Memory that such a process may take for itself; null = no limit but the machine's."""
+    reward_control: Literal["random", "shuffled"] | None = None
+    """Learn from totals that say nothing: drawn at random, or the real ones shuffled over the step; null = the real ones."""
 
     @property
     def reward_terms(self) -> list[RewardTerm]:

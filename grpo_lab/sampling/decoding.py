@@ -11,6 +11,8 @@ from grpo_lab.recipe.schema import Sampling
 from grpo_lab.seeds import derive_seed
 from grpo_lab.types import Example, Group, Policy
 
+_BLOCK = 64  # tokens whose masses are summed before a running sum is taken
+
 
 @dataclass(frozen=True)
 class Decoding:
@@ -51,12 +53,28 @@ class Sampler(Protocol):
         ...
 
 
-def sampling_logps(logits: Float[Tensor, "N V"], decoding: Decoding) -> Float[Tensor, "N V"]:
-    """Log-probs (nats) of the distribution that is really sampled; -inf for tokens that were filtered out.
+def draw(
+    logits: Float[Tensor, "N V"], uniform: Float[Tensor, "N"], decoding: Decoding
+) -> tuple[Int[Tensor, "N"], Float[Tensor, "N"]]:
+    """One token for each row, and its log-prob (nats) under the distribution that was sampled; greedy: 0."""
+    if decoding.temperature == 0.0:
+        return logits.argmax(-1), torch.zeros_like(uniform)
+    kept = filtered(logits, decoding)
+    highest = kept.amax(-1, keepdim=True)
+    masses = (kept - highest).exp_()
+    token = inverse_cdf(masses, uniform)
+    chosen = kept.gather(-1, token[:, None]) - highest
+    return token, chosen.squeeze(-1) - masses.sum(-1).log()
+
+
+def filtered(logits: Float[Tensor, "N V"], decoding: Decoding) -> Float[Tensor, "N V"]:
+    """Logits whose softmax is the distribution that is really sampled; -inf for tokens that were filtered out.
 
     The order is transformers': temperature, top_k, top_p, min_p, each over what the ones before left.
     """
-    logits = logits.float() / decoding.temperature
+    logits = logits.float()
+    if decoding.temperature != 1.0:
+        logits = logits / decoding.temperature
     if decoding.top_k is not None and decoding.top_k < logits.shape[-1]:
         floor = logits.topk(decoding.top_k, dim=-1).values[:, -1:]
         logits = logits.masked_fill(logits < floor, -torch.inf)
@@ -69,22 +87,37 @@ def sampling_logps(logits: Float[Tensor, "N V"], decoding: Decoding) -> Float[Te
     if decoding.min_p > 0.0:
         floor = logits.max(-1, keepdim=True).values + torch.log(torch.tensor(decoding.min_p))
         logits = logits.masked_fill(logits < floor, -torch.inf)
-    return logits.log_softmax(-1)
+    return logits
 
 
-def inverse_cdf(probs: Float[Tensor, "N V"], uniform: Float[Tensor, "N"]) -> Int[Tensor, "N"]:
-    """The token at which the cumulative probability passes `uniform` (in [0, 1)).
+def inverse_cdf(masses: Float[Tensor, "N V"], uniform: Float[Tensor, "N"]) -> Int[Tensor, "N"]:
+    """The token at which the cumulative mass passes the share `uniform` (in [0, 1)) of the whole.
 
-    In float32 the cumulative sum of a large vocabulary ends a little off 1 (0.9999992 to 1.0000008 at V = 152k), so
-    the noise is scaled by the last value; the result never has probability 0, whatever the rounding.
+    Masses need not add up to 1. Found in two steps, a block of tokens and then a token in it: a running sum over a whole
+    vocabulary is slow, and in float32 it ends a little off its true value (0.9999992 to 1.0000008 at V = 152k). The
+    result never has mass 0, whatever the rounding.
     """
-    cumulative = probs.cumsum(-1)
-    last = probs.shape[-1] - 1 - (probs.flip(-1) > 0).int().argmax(-1)  # the last token with mass
+    width = _BLOCK if masses.shape[-1] > _BLOCK else masses.shape[-1]
+    short = -masses.shape[-1] % width
+    blocks = (torch.nn.functional.pad(masses, (0, short)) if short else masses).unflatten(-1, (-1, width))
+    sums = blocks.sum(-1)
+    cumulative = sums.cumsum(-1)
     target = uniform * cumulative[:, -1]
+    block = _passed(cumulative, target, sums)
+    before = (cumulative - sums).gather(-1, block[:, None]).squeeze(-1)
+    inside = blocks[torch.arange(len(blocks), device=block.device), block]
+    return block * width + _passed(inside.cumsum(-1), target - before, inside)
+
+
+def _passed(
+    cumulative: Float[Tensor, "N K"], target: Float[Tensor, "N"], masses: Float[Tensor, "N K"]
+) -> Int[Tensor, "N"]:
+    """The first entry whose running sum is above the target, or the last one that has a mass."""
+    last = masses.shape[-1] - 1 - (masses.flip(-1) > 0).int().argmax(-1)
     index = torch.searchsorted(cumulative, target[:, None].contiguous(), right=True).squeeze(-1)
     index = torch.minimum(index, last)
     # a parallel scan (CUDA) may rise by a rounding where a token has no mass
-    return torch.where(probs.gather(-1, index[:, None]).squeeze(-1) > 0, index, last)
+    return torch.where(masses.gather(-1, index[:, None]).squeeze(-1) > 0, index, last)
 
 
 def group_noise(seed: int, group: int, num_generations: int, length: int) -> Float[Tensor, "G T"]:

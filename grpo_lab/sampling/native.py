@@ -1,12 +1,17 @@
 """The native sampler: each prompt is computed once, finished rows leave the batch, noise is a function of the group."""
 
+from collections.abc import Sequence
+
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from torch import Tensor
 from transformers import DynamicCache
 
+from grpo_lab.attention.interface import NotPackableError
+from grpo_lab.attention.probe import why_plain
 from grpo_lab.padding import pad_left
-from grpo_lab.sampling.decoding import Decoding, group_noise, inverse_cdf, sampling_logps
+from grpo_lab.sampling.decoding import Decoding, draw, group_noise
+from grpo_lab.sampling.shared import SharedPromptDecoder
 from grpo_lab.types import Completion, Example, Group, Policy
 
 
@@ -24,20 +29,47 @@ class NativeSampler:
     @torch.inference_mode()
     def sample(self, examples: list[Example], *, num_generations: int, seed: int) -> list[Group]:
         """`num_generations` completions for each example, at most `max_rows` rows decoded at once."""
+        if not examples:
+            return []
         self.policy.model.eval()
-        rows = self.decoding.max_rows or len(examples) * num_generations
-        prompts_at_once = max(1, rows // num_generations)
-        groups: list[Group] = []
-        for start in range(0, len(examples), prompts_at_once):
-            part = examples[start : start + prompts_at_once]
-            length = self.decoding.max_completion_length
-            noise = torch.cat([group_noise(seed, start + i, num_generations, length) for i in range(len(part))])
-            prompts = [example.prompt_ids for example in part]
-            pieces = noise.split(rows)  # one, unless a single group is larger than max_rows
-            completions = [done for piece in pieces for done in self._decode(prompts, len(piece) // len(part), piece)]
-            for i, example in enumerate(part):
-                groups.append(Group(example, tuple(completions[i * num_generations : (i + 1) * num_generations])))
-        return groups
+        length = self.decoding.max_completion_length
+        noise = torch.cat([group_noise(seed, index, num_generations, length) for index in range(len(examples))])
+        prompts = [example.prompt_ids for example in examples]
+        completions = None
+        if why_plain(self.policy.model) is None:
+            completions = self._shared(prompts, num_generations, noise)
+        if completions is None:
+            completions = self._plain(prompts, num_generations, noise)
+        starts = range(0, len(completions), num_generations)
+        answers = (tuple(completions[start : start + num_generations]) for start in starts)
+        return [Group(example, own) for example, own in zip(examples, answers, strict=True)]
+
+    def _shared(
+        self, prompts: list[tuple[int, ...]], num_generations: int, noise: Float[Tensor, "N T"]
+    ) -> list[Completion] | None:
+        """Each prompt computed once and kept once; None where the model's attention does not allow it."""
+        num_rows = len(noise)
+        slots = min(num_rows, self.decoding.max_rows or num_rows)
+        of_prompt = [prompt for prompt in range(len(prompts)) for _ in range(num_generations)]
+        try:
+            rows = SharedPromptDecoder(self.policy, self.decoding, prompts, slots).decode(of_prompt, noise)
+        except NotPackableError:
+            return None
+        return self._completions([(row.tokens, row.logps, row.finished) for row in rows])
+
+    def _plain(
+        self, prompts: list[tuple[int, ...]], num_generations: int, noise: Float[Tensor, "N T"]
+    ) -> list[Completion]:
+        """With transformers' cache, a copy of the prompt in every row: right for every decoder."""
+        rows = self.decoding.max_rows or len(noise)
+        at_once = max(1, rows // num_generations)
+        done: list[Completion] = []
+        for start in range(0, len(prompts), at_once):
+            part = prompts[start : start + at_once]
+            piece = noise[start * num_generations : (start + len(part)) * num_generations]
+            for some in piece.split(rows):  # one, unless a single group is larger than max_rows
+                done += self._decode(part, len(some) // len(part), some)
+        return done
 
     def _decode(
         self, prompts: list[tuple[int, ...]], num_generations: int, noise: Float[Tensor, "N T"]
@@ -70,7 +102,7 @@ class NativeSampler:
         finished = torch.zeros(num_rows, dtype=torch.bool, device=device)
         alive = torch.arange(num_rows, device=device)  # which row each row of the cache is
         for t in range(length):
-            token, logp = self._draw(logits, noise[alive, t])
+            token, logp = draw(logits, noise[alive, t], self.decoding)
             tokens[alive, t], logps[alive, t] = token, logp
             ended = torch.isin(token, eos)
             if ended.any():
@@ -89,26 +121,12 @@ class NativeSampler:
                 past_key_values=cache,
                 use_cache=True,
             ).logits[:, -1]
-        return self._completions(tokens, logps, lengths, finished)
-
-    def _draw(
-        self, logits: Float[Tensor, "N V"], uniform: Float[Tensor, "N"]
-    ) -> tuple[Int[Tensor, "N"], Float[Tensor, "N"]]:
-        if self.decoding.temperature == 0.0:
-            token = logits.argmax(-1)
-            return token, torch.zeros_like(uniform)
-        logps = sampling_logps(logits, self.decoding)
-        token = inverse_cdf(logps.exp(), uniform)
-        return token, logps.gather(-1, token[:, None]).squeeze(-1)
-
-    def _completions(
-        self,
-        tokens: Int[Tensor, "N T"],
-        logps: Float[Tensor, "N T"],
-        lengths: Int[Tensor, "N"],
-        finished: Bool[Tensor, "N"],
-    ) -> list[Completion]:
         rows = zip(tokens.tolist(), logps.tolist(), lengths.tolist(), finished.tolist(), strict=True)
-        cut = [(tuple(ids[:n]), tuple(values[:n]), done) for ids, values, n, done in rows]
-        texts = self.policy.tokenizer.batch_decode([list(ids) for ids, _, _ in cut], skip_special_tokens=True)
-        return [Completion(text, ids, done, values) for text, (ids, values, done) in zip(texts, cut, strict=True)]
+        return self._completions([(ids[:n], values[:n], done) for ids, values, n, done in rows])
+
+    def _completions(self, rows: Sequence[tuple[list[int], list[float], bool]]) -> list[Completion]:
+        texts = self.policy.tokenizer.batch_decode([ids for ids, _, _ in rows], skip_special_tokens=True)
+        return [
+            Completion(text, tuple(ids), done, tuple(logps))
+            for text, (ids, logps, done) in zip(texts, rows, strict=True)
+        ]

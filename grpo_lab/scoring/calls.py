@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
-from grpo_lab.errors import RewardError, StopRequested
+from grpo_lab.errors import RewardError, SetupError, StopRequested
 from grpo_lab.scoring.mark import invoke
 from grpo_lab.scoring.terms import BoundTerm
 
@@ -27,23 +27,37 @@ class Outcome(NamedTuple):
     reason: str = ""
 
 
+class Job(NamedTuple):
+    """One call to be made: its arguments but for the options, and how many completions it scores."""
+
+    arguments: Mapping[str, Any]
+    num_completions: int
+
+
 ABSTAINED = Outcome(math.nan, "abstained")
 GATED = Outcome(0.0, "gated")
 
 
-def call(term: BoundTerm, arguments: Mapping[str, Any], *, num_completions: int) -> list[Outcome]:
+def call(
+    term: BoundTerm,
+    arguments: Mapping[str, Any],
+    *,
+    num_completions: int,
+    passing: type[BaseException] = StopRequested,
+) -> list[Outcome]:
     """One call of a reward function and its outcome for each of the completions it was given.
 
-    An exception (also SystemExit) is the failure of every completion of the call. The function runs in this process,
-    on the calling thread, without a time limit.
+    An exception (also SystemExit) is the failure of every completion of the call, unless it is a `passing` one, or an
+    error of ours about the machine. The function runs in this process, on the calling thread, without a time limit.
 
     Raises:
         RewardError: it returned more or fewer values than completions; which belongs to which cannot be known.
+        SetupError: it needs a package that is not installed.
     """
     several = "" if term.reward.scope == "completion" else f" in one call over {num_completions} completions,"
     try:
         result = invoke(term.reward.function, {**arguments, **(term.options or {})})
-    except StopRequested:
+    except (StopRequested, SetupError, passing):
         raise
     except (Exception, SystemExit) as error:  # noqa: BLE001 - user code: a failure is counted, not raised
         return [Outcome(math.nan, "error", f"raised {_described(error, term)}{several}")] * num_completions

@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 import inspect
+import json
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -10,9 +11,20 @@ from dataclasses import dataclass, field
 from functools import partial
 from inspect import Parameter
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol, TypeVar, overload, runtime_checkable
+from typing import (
+    Annotated,
+    Any,
+    Literal,
+    NamedTuple,
+    Protocol,
+    TypeVar,
+    get_args,
+    get_origin,
+    overload,
+    runtime_checkable,
+)
 
-from grpo_lab.errors import RecipeError
+from grpo_lab.errors import RecipeError, RewardError
 
 Scope = Literal["completion", "group", "completions"]
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -23,6 +35,7 @@ BATCH_PARAMETERS = ("prompts", "completions", "completion_ids")
 TRL_EXTRAS = ("trainer_state", "log_extra", "log_metric")
 TRL_ONLY = ("environments",)
 _MARK = "grpo_lab_reward"
+_CHECK = "grpo_lab_check"
 
 
 @overload
@@ -54,6 +67,20 @@ def reward(function: Any = None, *, range: tuple[float | int, float | int] | Non
     return function
 
 
+def checked_by(check: Callable[..., str]) -> Callable[[Function], Function]:
+    """Have `check(**options)` called before anything is scored, with the recipe's options and the defaults of others.
+
+    It returns what a person should know of the reward at the start of a stage (or an empty text), and raises RecipeError
+    for options that do not go together, SetupError for what the machine lacks.
+    """
+
+    def mark(function: Function) -> Function:
+        function.__dict__[_CHECK] = check
+        return function
+
+    return mark
+
+
 def is_marked(function: object) -> bool:
     """Whether `@reward` stands above the function, or `reward(...)` around the object."""
     return not inspect.isclass(function) and _MARK in getattr(function, "__dict__", {})
@@ -68,6 +95,23 @@ class Stateful(Protocol):
 
     def load_state_dict(self, state: Any) -> None:
         """Go on from a state that `state_dict` gave."""
+
+
+def plain_state(function: Any, label: str) -> Any:
+    """The state of a stateful reward, None of another.
+
+    Raises:
+        RewardError: it is no JSON, or there is none to be had.
+    """
+    if not isinstance(function, Stateful):
+        return None
+    try:
+        state = function.state_dict()
+        json.dumps(state, allow_nan=False)
+    except Exception as error:  # user code
+        message = f'reward "{label}": state_dict() must give JSON values: {type(error).__name__}: {error}'
+        raise RewardError(message) from error
+    return state
 
 
 class Option(NamedTuple):
@@ -97,6 +141,7 @@ class Reward:
     sha256: str
     named: frozenset[str] = frozenset()
     takes_all_columns: bool = False
+    check: Callable[..., str] | None = field(default=None, repr=False)
     range: tuple[float, float] | None = None
     version: str = ""
 
@@ -162,6 +207,7 @@ def read_reward(function: Any, *, name: str, source: str, version: str | None = 
         path=path,
         sha256=digest,
         named=frozenset(parameters),
+        check=vars(function).get(_CHECK) if inspect.isfunction(function) else None,
         takes_all_columns=batched and any(each.kind is Parameter.VAR_KEYWORD for each in parameters.values()),
         range=getattr(function, "__dict__", {}).get(_MARK, {}).get("range"),
         version=version or digest[:12],
@@ -225,4 +271,6 @@ def _batched(parameters: Mapping[str, Parameter], place: str) -> tuple[str, ...]
 def _type_name(annotation: Any) -> str:
     if annotation is Parameter.empty:
         return "any"
+    if get_origin(annotation) is Annotated:  # its extra checks have no name worth showing
+        annotation = get_args(annotation)[0]
     return inspect.formatannotation(annotation).replace("typing.", "")

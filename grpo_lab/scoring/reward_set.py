@@ -1,6 +1,5 @@
 """All rewards of a stage, combined: total = sum(weight * term), with gates, abstention and failures."""
 
-import json
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -8,14 +7,14 @@ from typing import Any, TypeVar
 
 import torch
 
-from grpo_lab.errors import RewardError
 from grpo_lab.recipe.schema import RewardTerm
-from grpo_lab.scoring.calls import FAILURES, GATED, LARGEST, Outcome, call
+from grpo_lab.scoring.calls import FAILURES, GATED, LARGEST, Job, Outcome, call
 from grpo_lab.scoring.composition import Range, summed
-from grpo_lab.scoring.mark import Stateful
+from grpo_lab.scoring.mark import Stateful, plain_state
 from grpo_lab.scoring.notes import Notes
 from grpo_lab.scoring.registry import Registry
-from grpo_lab.scoring.terms import BoundTerm, bound_terms, gate_order
+from grpo_lab.scoring.terms import BoundTerm, bound_terms, gate_order, note
+from grpo_lab.scoring.workers import Workers, is_users
 from grpo_lab.types import FINISHED, Completion, Example, Group, Progress, Scores
 
 T = TypeVar("T")
@@ -24,20 +23,21 @@ T = TypeVar("T")
 _RESERVED = frozenset({"prompt", "prompts", "completion", "completions", "completion_ids"})
 
 
-def bind(terms: Sequence[RewardTerm], registry: Registry) -> "RewardSet":
-    """The recipe's rewards, ready to score.
+def bind(terms: Sequence[RewardTerm], registry: Registry, workers: Workers | None = None) -> "RewardSet":
+    """The recipe's rewards, ready to score: users' ones in `workers`, or in this process without them.
 
     Raises:
         RecipeError: every unknown reward, wrong option and circular gate, one line each.
     """
-    return RewardSet(bound_terms(terms, registry))
+    return RewardSet(bound_terms(terms, registry), workers)
 
 
 @dataclass(frozen=True)
 class RewardSet:
-    """Scores groups with a list of terms."""
+    """Scores groups with a list of terms. With `workers`, users' rewards run there and not in this process."""
 
     terms: tuple[BoundTerm, ...]
+    workers: Workers | None = None
 
     @property
     def names(self) -> list[str]:
@@ -49,38 +49,47 @@ class RewardSet:
         """What the total can be where every term applies, at any time of the weights' schedules; outer bounds."""
         return summed(term.weighted_range for term in self.terms)
 
+    def notes(self) -> list[str]:
+        """What a person should know of these rewards before a stage: for example how programs are isolated."""
+        said = {term.label: note(term.reward, term.options or {}) for term in self.terms}
+        return [f'reward "{label}" {text}' for label, text in said.items() if text]
+
     def state_dict(self) -> dict[str, Any]:
-        """The states of stateful rewards, by term, in JSON values.
+        """The states of stateful rewards after the last call of `score`, by term, in JSON values.
 
         Raises:
             RewardError: a state is no JSON.
         """
-        states = {label: reward.state_dict() for label, reward in self._stateful.items()}
-        for label, state in states.items():
-            try:
-                json.dumps(state, allow_nan=False)
-            except (TypeError, ValueError) as error:
-                raise RewardError(f'reward "{label}": state_dict() must give JSON values: {error}') from error
-        return states
+        states = {} if self.workers is None else self.workers.state_dict()
+        return {**states, **{label: plain_state(reward, label) for label, reward in self._stateful_here.items()}}
 
     def load_state_dict(self, states: Mapping[str, Any]) -> None:
         """Go on from what `state_dict` gave."""
-        for label, reward in self._stateful.items():
-            if label in states:
-                reward.load_state_dict(states[label])
+        here = self._stateful_here
+        for label in here.keys() & states.keys():
+            here[label].load_state_dict(states[label])
+        if self.workers is not None:
+            self.workers.load_state_dict({label: state for label, state in states.items() if label not in here})
 
     @property
-    def _stateful(self) -> dict[str, Stateful]:
-        functions: dict[str, Any] = {term.label: term.reward.function for term in self.terms}
+    def _stateful_here(self) -> dict[str, Stateful]:
+        """The stateful rewards that run in this process; the workers keep the states of theirs."""
+        functions: dict[str, Any] = {
+            term.label: term.reward.function for term in self.terms if self._workers_of(term) is None
+        }
         return {label: function for label, function in functions.items() if isinstance(function, Stateful)}
 
+    def _workers_of(self, term: BoundTerm) -> Workers | None:
+        return self.workers if is_users(term) else None
+
     def inexact_because(self) -> list[str]:
-        """Why a resumed run need not be the same run: rewards that may keep a state which no checkpoint has."""
-        return [
+        """Why a resumed run need not be the same run: a reward may keep a state which no checkpoint has, or was stopped."""
+        lost = [
             f'reward "{term.label}" is an object without state_dict and load_state_dict: what it remembers is lost on resume'
             for term in self.terms
-            if term.reward.may_keep_state and term.label not in self._stateful
+            if term.reward.may_keep_state and not isinstance(term.reward.function, Stateful)
         ]
+        return lost + ([] if self.workers is None else self.workers.inexact_because())
 
     def score(self, groups: Sequence[Group], progress: Progress = FINISHED) -> Scores:
         """The weighted sum of all terms for every completion, and each term with its status.
@@ -108,7 +117,7 @@ class RewardSet:
             gate = outcomes[term.only_if] if term.only_if is not None else None
             is_open = [gate is None or gate[row].value > 0 for row in range(len(groups) * num_generations)]
             notes[label] = Notes(len(is_open))
-            found = _score_term(term, groups, is_open, notes[label].arguments(progress))
+            found = self._score_term(term, groups, is_open, notes[label].arguments(progress))
             outcomes[label] = _behind_gate([_shaped(term, each) for each in found], is_open)
         totals = self._totals(outcomes, num_generations, weights)
         shape = (len(groups), num_generations)
@@ -121,6 +130,17 @@ class RewardSet:
             extra=_extra(notes, num_generations),
             logged=_logged(notes),
         )
+
+    def _score_term(
+        self, term: BoundTerm, groups: Sequence[Group], is_open: Sequence[bool], extras: Mapping[str, Any]
+    ) -> list[Outcome]:
+        jobs = _jobs(term, groups, is_open, extras)
+        calls = [job for job in jobs if isinstance(job, Job)]
+        if (workers := self._workers_of(term)) is not None:
+            made = iter(workers.run(term, calls))
+        else:
+            made = (call(term, job.arguments, num_completions=job.num_completions) for job in calls)
+        return [outcome for job in jobs for outcome in (next(made) if isinstance(job, Job) else job)]
 
     def _totals(
         self, outcomes: dict[str, list[Outcome]], num_generations: int, weights: Mapping[str, float]
@@ -185,33 +205,28 @@ def _num_generations(groups: Sequence[Group]) -> int:
     return sizes[0]
 
 
-def _score_term(
+def _jobs(
     term: BoundTerm, groups: Sequence[Group], is_open: Sequence[bool], extras: Mapping[str, Any]
-) -> list[Outcome]:
+) -> list[Job | list[Outcome]]:
+    """The calls to be made, and the outcomes where none is: behind a closed gate, or without a column."""
     if term.reward.scope == "completions":
-        return call(term, _batch_arguments(term, groups, extras), num_completions=len(is_open))
+        return [Job(_batch_arguments(term, groups, extras), len(is_open))]
     if term.reward.scope == "group":
-        return [
-            outcome
-            for group in groups
-            for outcome in _call_with_columns(term, "group", group, group.example, len(group.completions))
-        ]
+        return [_job(term, "group", group, group.example, len(group.completions)) for group in groups]
     rows = [(group.example, completion) for group in groups for completion in group.completions]
     return [
-        _call_with_columns(term, "completion", completion, example, 1)[0] if row_is_open else GATED
+        _job(term, "completion", completion, example, 1) if row_is_open else [GATED]
         for (example, completion), row_is_open in zip(rows, is_open, strict=True)
     ]
 
 
-def _call_with_columns(
+def _job(
     term: BoundTerm, scope: str, scored: Completion | Group, example: Example, num_completions: int
-) -> list[Outcome]:
+) -> Job | list[Outcome]:
     missing = [name for name in term.reward.columns if name not in example.columns]
     if missing:
-        reason = f'found no column "{missing[0]}"'
-        return [Outcome(math.nan, "error", reason)] * num_completions
-    columns = {name: example.columns[name] for name in term.reward.columns}
-    return call(term, {scope: scored, **columns}, num_completions=num_completions)
+        return [Outcome(math.nan, "error", f'found no column "{missing[0]}"')] * num_completions
+    return Job({scope: scored, **{name: example.columns[name] for name in term.reward.columns}}, num_completions)
 
 
 def _behind_gate(outcomes: list[Outcome], is_open: Sequence[bool]) -> list[Outcome]:

@@ -65,6 +65,9 @@ def problems(terms: Sequence[RewardTerm], registry: Registry, columns: Collectio
     """Everything that keeps these terms from being scored, each with its place in the recipe's list of rewards.
 
     `columns` are the columns that the data has; None leaves that check out.
+
+    Raises:
+        SetupError: the machine lacks what a reward needs.
     """
     found: list[Problem] = []
     for index, term in enumerate(terms):
@@ -75,10 +78,28 @@ def problems(terms: Sequence[RewardTerm], registry: Registry, columns: Collectio
         except RecipeError as error:
             found += [((index, "name"), problem) for problem in error.problems]
             continue
-        found += [((index, "options", *loc), problem) for loc, problem in _check_options(reward, term.options)[1]]
+        options, wrong = _check_options(reward, term.options)
+        found += [((index, "options", *loc), problem) for loc, problem in wrong]
+        if not wrong:
+            try:
+                note(reward, options)
+            except RecipeError as error:
+                found += [((index,), f'"{term.name}" {problem}') for problem in error.problems]
         if columns is not None:
             found += [((index,), _missing(term, column, columns)) for column in reward.columns if column not in columns]
     return found + _gate_problems(terms)
+
+
+def note(reward: Reward, options: Mapping[str, Any]) -> str:
+    """What the reward's own check has to say about itself with these options.
+
+    Raises:
+        RecipeError: the options do not go together.
+        SetupError: the machine lacks something.
+    """
+    if reward.check is None:
+        return ""
+    return reward.check(**{**{name: option.default for name, option in reward.options.items()}, **options})
 
 
 def bound_terms(terms: Sequence[RewardTerm], registry: Registry) -> tuple[BoundTerm, ...]:

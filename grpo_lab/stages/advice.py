@@ -20,6 +20,8 @@ class Advice:
         self.steps_in_a_row: dict[str, int] = {}
 
     def __call__(self, end: StepEnd) -> None:
+        if end.step == 1 and end.scores is not None and end.scores.real_total is not None:
+            self.sinks.event(end.stage, end.step, "advice", CONTROL, {})
         for name, text in ADVICE.items():
             holds = end.metrics.get(name) == 1.0
             self._watch(end, name, text, {"metric": name}, holds=holds, patience=1 if name in AT_ONCE else PATIENCE)
@@ -70,6 +72,8 @@ def _still(name: str) -> str:
         "its best (see its mean); otherwise grpo-lab rewards test shows whether it can tell answers apart"
     )
 
+
+CONTROL = "reward_control is on: the policy learns from totals that say nothing; lab/real_reward is what its answers are worth"
 
 ADVICE = {
     "frac_reward_zero_std": (

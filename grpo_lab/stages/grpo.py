@@ -11,7 +11,17 @@ from grpo_lab.sampling.decoding import Decoding
 from grpo_lab.seeds import derive_seed
 from grpo_lab.stages.advice import Advice
 from grpo_lab.stages.plan import GrpoPlan
-from grpo_lab.stages.running import Context, checkpointing, evaluating, finish, reporting, resume
+from grpo_lab.stages.running import (
+    Context,
+    admitting,
+    checkpointing,
+    evaluating,
+    finish,
+    reporting,
+    resume,
+    say_notes,
+    saying_plain,
+)
 from grpo_lab.types import Callback, Policy, StepEnd
 
 
@@ -25,18 +35,20 @@ def run_grpo(context: Context, plan: GrpoPlan) -> None:
     stage, recipe = plan.stage, context.recipe
     policy = load_policy(recipe.model, context.tokenizer, seed=recipe.seed, folder=context.start)
     reference = frozen_copy(policy) if stage.algorithm.beta > 0 else None  # before resume: as the stage began
+    forward = PolicyForward(
+        policy.model,
+        temperature=stage.sampling.temperature,
+        entropy_gradient=stage.algorithm.entropy_bonus > 0,
+    )
     learner = Learner(
-        PolicyForward(
-            policy.model,
-            temperature=stage.sampling.temperature,
-            entropy_gradient=stage.algorithm.entropy_bonus > 0,
-        ),
+        forward,
         stage.optimizer,
         total_steps=stage.steps * stage.algorithm.num_iterations * stage.algorithm.num_minibatches,
         micro_batch_size=stage.micro_batch_size,
     )
     moving = reference if stage.algorithm.reference_refresh is not None else None
     start = resume(context, plan.name, policy, learner, moving_reference=moving, rewards=plan.rewards)
+    say_notes(context, plan.name, start, plan.rewards)
 
     def measure(step: int) -> None:
         result = measure_policy(policy, plan, seed=recipe.seed)
@@ -59,8 +71,10 @@ def run_grpo(context: Context, plan: GrpoPlan) -> None:
     report = reporting(
         context.sinks.step,
         Advice(context.sinks),
+        saying_plain(context, forward),
         refreshing(stage.algorithm.reference_refresh, policy, reference),
         evaluating(stage.evaluation, measure),
+        admitting(context, plan.rewards),
         checkpointing(context, policy, learner, stage.checkpoint, moving_reference=moving, rewards=plan.rewards),
     )
     train(parts, start=start, report=report)

@@ -18,7 +18,7 @@ from grpo_lab.sampling.decoding import Decoding
 from grpo_lab.stages.advice import Advice
 from grpo_lab.stages.grpo import measure_policy
 from grpo_lab.stages.plan import GrpoPlan
-from grpo_lab.stages.running import Context, evaluating, finish, reporting
+from grpo_lab.stages.running import Context, admitting, evaluating, finish, reporting, say_notes
 from grpo_lab.tracking.files import disk_errors, read_json, write_json
 from grpo_lab.tracking.folders import MANIFEST, is_complete, seal_folder, verify_folder
 
@@ -32,6 +32,7 @@ def run_grpo_trl(context: Context, plan: GrpoPlan) -> None:
     resumed = resume(context, plan)
     if resumed is not None:
         plan.rewards.load_state_dict(read_json(resumed.path / REWARDS))
+    say_notes(context, plan.name, resumed.step if resumed else 0, plan.rewards)
 
     def measure(step: int) -> None:
         result = measure_policy(policy, plan, seed=recipe.seed)
@@ -56,7 +57,12 @@ def run_grpo_trl(context: Context, plan: GrpoPlan) -> None:
         recipe.model,
         output=context.folder.checkpoints,
         resume_from=resumed.path if resumed else None,
-        report=reporting(context.sinks.step, Advice(context.sinks), evaluating(stage.evaluation, measure)),
+        report=reporting(
+            context.sinks.step,
+            Advice(context.sinks),
+            evaluating(stage.evaluation, measure),
+            admitting(context, plan.rewards),
+        ),
         callbacks=[Saving(context, plan)],
     )
     finish(context, policy, steps=stage.steps)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from grpo_lab.data.examples import TrainingRow
 from grpo_lab.data.stream import PromptStream
 from grpo_lab.recipe.schema import GrpoStage, SftStage
-from grpo_lab.scoring import RewardSet
+from grpo_lab.scoring import RewardSet, Workers
 from grpo_lab.types import Example
 
 
@@ -22,7 +22,10 @@ class SftPlan:
 
 @dataclass(frozen=True)
 class GrpoPlan:
-    """A GRPO stage with its prompts and rewards. `held_out_rewards` are those and both accuracies, if answers exist."""
+    """A GRPO stage with its prompts and rewards. `held_out_rewards` are those and both accuracies, if answers exist.
+
+    Users' rewards of both run in `workers`.
+    """
 
     name: str
     stage: GrpoStage
@@ -30,3 +33,4 @@ class GrpoPlan:
     rewards: RewardSet
     held_out: Sequence[Example]
     held_out_rewards: RewardSet
+    workers: Workers

@@ -10,6 +10,7 @@ from typing import Any
 
 from grpo_lab.engines.learner import Learner
 from grpo_lab.errors import StopRequested
+from grpo_lab.policy.forward import PolicyForward
 from grpo_lab.policy.load import write_policy
 from grpo_lab.recipe import Recipe
 from grpo_lab.recipe.schema import Checkpoint, Evaluation
@@ -64,6 +65,7 @@ class Context:
     files: JsonlSink
     sinks: Sinks
     stop: StopSignal
+    mark_inexact: Callable[[str], None]
 
 
 def resume(
@@ -90,7 +92,7 @@ def resume(
         moving_reference.model.load_state_dict(dict(loaded.tensors["reference"]))
     learner.optimizer.load_state_dict(optimizer_state(loaded.tensors["optimizer"], loaded.state["optimizer"]))
     if rewards is not None:
-        rewards.load_state_dict(loaded.state.get("rewards", {}))
+        rewards.load_state_dict(loaded.state["rewards"])
     learner.steps_done = loaded.state["steps_done"]
     learner.skipped_in_a_row = loaded.state["skipped_in_a_row"]
     context.sinks.event(name, loaded.step, "info", f"resumed from {loaded.path.name}", {})
@@ -131,6 +133,22 @@ def checkpointing(
     return save
 
 
+def say_notes(context: Context, stage: str, step: int, rewards: RewardSet) -> None:
+    """Put on record what a person should know of a stage's rewards. After `resume`, which cuts the record."""
+    for note in rewards.notes():
+        context.sinks.event(stage, step, "info", note, {})
+
+
+def admitting(context: Context, rewards: RewardSet) -> Callback:
+    """Say in run.json that the run is not exact, as soon as a reward made it so."""
+
+    def after_step(end: StepEnd) -> None:
+        for reason in rewards.inexact_because():
+            context.mark_inexact(reason)
+
+    return after_step
+
+
 def evaluating(settings: Evaluation | None, measure: Callable[[int], None]) -> Callback:
     """Measure every `every` steps and after the last one."""
 
@@ -141,6 +159,19 @@ def evaluating(settings: Evaluation | None, measure: Callable[[int], None]) -> C
             measure(end.step)
 
     return after_step
+
+
+def saying_plain(context: Context, forward: PolicyForward) -> Callback:
+    """Say once that the model is computed the slow way, and why."""
+    said: list[str] = []
+
+    def say(end: StepEnd) -> None:
+        if forward.plain_because is not None and not said:
+            said.append(forward.plain_because)
+            message = f"prompts and padding are computed for every row, several times slower: {forward.plain_because}"
+            context.sinks.event(end.stage, end.step, "info", message, {})
+
+    return say
 
 
 def reporting(*callbacks: Callback) -> Callback:

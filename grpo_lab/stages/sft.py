@@ -16,7 +16,7 @@ from grpo_lab.policy.forward import PolicyForward
 from grpo_lab.policy.load import load_policy
 from grpo_lab.seeds import derive_seed
 from grpo_lab.stages.plan import SftPlan
-from grpo_lab.stages.running import Context, checkpointing, evaluating, finish, reporting, resume
+from grpo_lab.stages.running import Context, checkpointing, evaluating, finish, reporting, resume, saying_plain
 from grpo_lab.tracking.metrics import sft_metrics
 from grpo_lab.tracking.stopwatch import Stopwatch
 from grpo_lab.types import Batch, LogpsAndEntropy, Policy, StepEnd
@@ -28,8 +28,9 @@ def run_sft(context: Context, plan: SftPlan) -> None:
     """Train the stage from where it stands to its end, and leave its final model."""
     stage = plan.stage
     policy = load_policy(context.recipe.model, context.tokenizer, seed=context.recipe.seed, folder=context.start)
+    forward = PolicyForward(policy.model, temperature=1.0)
     learner = Learner(
-        PolicyForward(policy.model, temperature=1.0),
+        forward,
         stage.optimizer,
         total_steps=stage.steps,
         micro_batch_size=stage.micro_batch_size,
@@ -44,6 +45,7 @@ def run_sft(context: Context, plan: SftPlan) -> None:
         measure(0)
     report = reporting(
         context.sinks.step,
+        saying_plain(context, forward),
         evaluating(stage.evaluation, measure),
         checkpointing(context, policy, learner, stage.checkpoint),
     )

@@ -36,6 +36,7 @@ DESCRIPTIONS: Mapping[str, str] = {
     "clip_ratio/region_mean": "Share of tokens clipped either way; they get no gradient from the surrogate (cispo: a capped one).",
     "lab/groups_all_equal_high": "Share of groups with equal rewards that lie high: most likely all right, too easy.",
     "lab/groups_all_equal_low": "Share of groups with equal rewards that lie low: most likely all wrong, too hard.",
+    "lab/real_reward": "Mean of what the answers were worth, where a reward control has the policy learn from other totals.",
     "lab/unscored": "Share of completions without a total reward; they are out of baseline and loss.",
     "lab/failed/<name>": "Share of completions on which one reward failed (error, timeout, bad value, crash).",
     "lab/logged/<name>": "What a reward logged through `log_metric`, mean over the step's calls.",
@@ -142,6 +143,7 @@ def _reward_metrics(scores: Scores) -> dict[str, float | None]:
     for name, values in scores.terms.items():
         metrics |= {f"rewards/{name}/mean": _mean(values), f"rewards/{name}/std": _std(values)}
     metrics |= {
+        "lab/real_reward": None if scores.real_total is None else _mean(scores.real_total),
         "lab/groups_all_equal_high": _share(high),
         "lab/groups_all_equal_low": _share(low),
         "lab/unscored": _share(scores.total.isnan()),

@@ -61,16 +61,23 @@ class Toy:
             self.ends.append(end)
             watch(end)
 
-        hook = self.policy.model.register_forward_pre_hook(self._remember, with_kwargs=True)
         prompts = PromptStream(self.examples, self.stage.prompts_per_step, seed=0)
         {"native": self._native, "trl": self._trl}[self.stage.engine](prompts, report)
-        hook.remove()
         return self
 
     def weights(self) -> dict[str, torch.Tensor]:
         return {name: tensor.clone() for name, tensor in self.policy.model.state_dict().items()}
 
-    def _remember(self, module, args, kwargs) -> None:
+    def _remember_batch(self, module, args) -> None:
+        (batch,) = args
+        for row, prompt in enumerate(batch.prompt_index.tolist()):
+            ids = (
+                batch.prompt_ids[prompt][batch.prompt_mask[prompt]],
+                batch.completion_ids[row][batch.completion_mask[row]],
+            )
+            self.seen += [tuple(torch.cat(ids).tolist())] if torch.is_grad_enabled() else []
+
+    def _remember_rows(self, module, args, kwargs) -> None:
         if torch.is_grad_enabled():
             rows = zip(kwargs["input_ids"].tolist(), kwargs["attention_mask"].bool().tolist(), strict=True)
             self.seen += [tuple(i for i, real in zip(ids, mask, strict=True) if real) for ids, mask in rows]
@@ -83,6 +90,7 @@ class Toy:
             temperature=stage.sampling.temperature,
             entropy_gradient=stage.algorithm.entropy_bonus > 0,
         )
+        forward.register_forward_pre_hook(self._remember_batch)
         parts = native.Parts(
             name="toy",
             stage=stage,
@@ -117,7 +125,9 @@ class Toy:
             folder=self.folder,
         )
         model = Model(path=str(self.folder / "start"))
+        hook = self.policy.model.register_forward_pre_hook(self._remember_rows, with_kwargs=True)
         trl.train(parts, model, output=self.folder / "trl", resume_from=None, report=report, callbacks=[])
+        hook.remove()
 
 
 @pytest.fixture

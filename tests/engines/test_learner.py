@@ -49,6 +49,10 @@ class Net(nn.Module):
         logps = (self.matrix - self.vector + self.frozen) * batch.completion_ids
         return LogpsAndEntropy(logps, torch.zeros_like(logps))
 
+    def micro_batches(self, batch, size):
+        size = size or batch.num_rows
+        return [(start, min(start + size, batch.num_rows)) for start in range(0, batch.num_rows, size)]
+
 
 def batch_of(*ids):
     """One row for each token id."""

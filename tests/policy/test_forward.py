@@ -12,6 +12,7 @@ from grpo_lab.policy.forward import (
     completion_logps,
     frozen_copy,
     learn_without_dropout,
+    plain_forward,
     reference_logps,
 )
 from grpo_lab.types import Batch
@@ -205,6 +206,7 @@ def test_gradient_checkpointing_changes_neither_log_probs_nor_gradients_and_drop
 
     policy = make_policy(gradient_checkpointing=True, **CHECKPOINTED[family])
     learn_without_dropout(policy.model)
+    torch.testing.assert_close(completion_logps(policy, batch, temperature=1.0), expected[0])
     calls = []
     layers = next(module for module in policy.model.modules() if isinstance(module, torch.nn.ModuleList))
     next(layers[0].children()).register_forward_pre_hook(lambda *_: calls.append(1))
@@ -237,9 +239,9 @@ def test_the_reference_is_frozen_and_later_updates_do_not_reach_it(make_policy):
     )
 
 
-def test_the_head_runs_on_completion_positions_only(make_policy):
+def test_the_plain_head_runs_on_completion_positions_only(make_policy):
     policy = make_policy()
     shapes = []
     policy.model.lm_head.register_forward_hook(lambda _module, inputs, _out: shapes.append(tuple(inputs[0].shape)))
-    completion_logps(policy, batch_of(policy), temperature=1.0)
+    plain_forward(policy.model, batch_of(policy), temperature=1.0)
     assert shapes == [(6, 7, 32)]  # 6 rows, 6 completion columns and the prompt's last, of 13 columns

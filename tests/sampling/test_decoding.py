@@ -6,9 +6,13 @@ from transformers import LogitsProcessorList, MinPLogitsWarper, TopKLogitsWarper
 from transformers.generation.logits_process import TemperatureLogitsWarper
 
 from grpo_lab.recipe.schema import Sampling
-from grpo_lab.sampling.decoding import Decoding, group_noise, inverse_cdf, sampling_logps
+from grpo_lab.sampling.decoding import Decoding, draw, filtered, group_noise, inverse_cdf
 
 BELOW_ONE = 1 - 2**-24  # the largest float32 below 1, which torch.rand can return
+
+
+def sampling_logps(logits, decoding):
+    return filtered(logits, decoding).log_softmax(-1)
 
 
 def logits_of(*probs):
@@ -146,3 +150,34 @@ def test_a_recipe_s_sampling_block_is_taken_over_whole():
     decoding = Decoding.of(block)
     assert decoding == Decoding(9, temperature=0.7, top_k=5, top_p=0.9, min_p=0.1, max_rows=6)
     assert decoding.greedy() == Decoding(9, temperature=0.0, top_k=None, top_p=1.0, min_p=0.0, max_rows=6)
+
+
+@pytest.mark.parametrize("size", [64, 65, 100, 128, 1000])
+def test_a_large_vocabulary_is_sampled_as_it_should_be(size):
+    """Against the running sum in float64, for noise that is not within rounding of an edge."""
+    generator = torch.Generator().manual_seed(size)
+    masses = torch.rand(50, size, generator=generator) ** 8
+    masses[:, :40] = 0.0
+    masses[:, -3:] = 0.0
+    uniform = torch.rand(50, generator=generator)
+    edges = masses.double().cumsum(-1)
+    target = uniform.double() * edges[:, -1]
+    expected = torch.searchsorted(edges, target[:, None], right=True).squeeze(-1)
+    clear = (edges - target[:, None]).abs().amin(-1) > 1e-5
+    assert clear.sum() > 40
+    assert torch.equal(inverse_cdf(masses, uniform)[clear], expected[clear])
+
+
+@pytest.mark.parametrize("uniform", [0.0, BELOW_ONE])
+def test_the_ends_of_a_large_vocabulary_have_mass(uniform):
+    masses = torch.zeros(1, 200)
+    masses[0, [70, 71, 190]] = torch.tensor([1e-3, 1.0, 1e-7])
+    assert inverse_cdf(masses, torch.tensor([uniform])).item() == {0.0: 70, BELOW_ONE: 190}[uniform]
+
+
+def test_a_draw_comes_with_the_log_prob_of_what_was_sampled():
+    logits = torch.randn(6, 300, generator=torch.Generator().manual_seed(0)) * 3
+    decoding = Decoding(1, temperature=0.7, top_k=50, top_p=0.9, min_p=0.01)
+    token, logp = draw(logits, torch.rand(6, generator=torch.Generator().manual_seed(1)), decoding)
+    expected = sampling_logps(logits, decoding).gather(-1, token[:, None]).squeeze(-1)
+    torch.testing.assert_close(logp, expected)

@@ -8,6 +8,7 @@ import torch
 from transformers import GenerationConfig, LogitsProcessorList, MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 from transformers.generation.logits_process import TemperatureLogitsWarper
 
+from grpo_lab.attention.probe import why_plain
 from grpo_lab.batching import pad
 from grpo_lab.policy.forward import completion_logps
 from grpo_lab.sampling import Decoding, HfSampler, NativeSampler, Sampler, make_sampler
@@ -41,6 +42,13 @@ def ending_often(policy):
     """The policy with every eighth token declared an end of sequence, so that lengths differ."""
     extra = range(10, len(policy.tokenizer), 8)
     return replace(policy, eos_ids=(policy.eos_ids[0], *extra))
+
+
+def watch(policy, tell):
+    """Tell the shape [B, L] of the tokens that each forward pass computes."""
+    why_plain(policy.model)  # tried now, so that the trial is not seen
+    mlp = policy.model.model.layers[0].mlp
+    mlp.register_forward_pre_hook(lambda _module, args: tell(tuple(args[0].shape[:2])))
 
 
 @either
@@ -178,9 +186,7 @@ def test_max_rows_changes_nothing_but_the_rows_decoded_at_once(tiny_policy, make
     policy = ending_often(tiny_policy)
     free = SAMPLERS[kind](policy, Decoding(8)).sample(make_examples(), num_generations=4, seed=0)
     rows = []
-    policy.model.register_forward_pre_hook(
-        lambda _model, _args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True
-    )
+    watch(policy, lambda shape: rows.append(shape[0]))
     bounded = SAMPLERS[kind](policy, Decoding(8, max_rows=max_rows)).sample(make_examples(), num_generations=4, seed=0)
     assert ids(bounded) == ids(free)
     assert max(rows) <= max_rows
@@ -190,9 +196,7 @@ def test_max_rows_changes_nothing_but_the_rows_decoded_at_once(tiny_policy, make
 @pytest.mark.parametrize("max_rows", [1, 3])
 def test_a_group_larger_than_max_rows_is_decoded_in_parts(tiny_policy, make_examples, kind, max_rows):
     rows = []
-    tiny_policy.model.register_forward_pre_hook(
-        lambda _model, _args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True
-    )
+    watch(tiny_policy, lambda shape: rows.append(shape[0]))
     groups = SAMPLERS[kind](tiny_policy, Decoding(4, max_rows=max_rows)).sample(
         make_examples(), num_generations=5, seed=0
     )
@@ -275,17 +279,38 @@ def test_native_greedy_equals_transformers_generate_token_for_token(make_policy,
 def test_a_prompt_is_computed_once_and_finished_rows_leave_the_batch(tiny_policy, make_examples):
     policy = ending_often(tiny_policy)
     shapes = []
-    policy.model.register_forward_pre_hook(
-        lambda _model, _args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
-    )
+    watch(policy, shapes.append)
     groups = NativeSampler(policy, Decoding(12)).sample(make_examples(), num_generations=4, seed=1)
     lengths = [len(c.token_ids) for c in completions(groups)]
-    longest_prompt = max(len(group.example.prompt_ids) for group in groups)
+    prompt_tokens = sum(len(group.example.prompt_ids) for group in groups)
     # a row of n tokens is fed n - 1 of them: the first comes from the prompt's logits, the last is fed to no one
     fed = [(sum(length > t for length in lengths), 1) for t in range(1, max(lengths))]
-    assert shapes == [(3, longest_prompt), *fed]
+    assert shapes == [(1, prompt_tokens), *fed]
     assert fed[-1][0] < 12
 
 
 def test_no_examples_give_no_groups(tiny_policy):
     assert NativeSampler(tiny_policy, Decoding(4)).sample([], num_generations=4, seed=0) == []
+
+
+def test_the_shared_and_the_plain_decoder_write_the_same(make_policy, make_examples):
+    groups = []
+    for attention in ("sdpa", "eager"):  # eager attention is decoded plainly
+        policy = ending_often(make_policy(attention=attention))
+        groups.append(NativeSampler(policy, Decoding(12)).sample(make_examples(), num_generations=8, seed=3))
+        assert (why_plain(policy.model) is None) == (attention == "sdpa")
+    assert ids(groups[0]) == ids(groups[1])
+
+
+def test_a_slot_that_comes_free_is_taken_by_a_row_that_waits(tiny_policy, make_examples):
+    policy = ending_often(tiny_policy)
+    shapes = []
+    watch(policy, shapes.append)
+    groups = NativeSampler(policy, Decoding(12, max_rows=4)).sample(make_examples() * 4, num_generations=4, seed=1)
+    lengths = [len(c.token_ids) for c in completions(groups)]
+    steps = [rows for rows, width in shapes if width == 1]
+    assert sum(steps) == sum(lengths) - len(lengths)  # no token is computed twice or for nothing
+    in_turns = sum(max(lengths[i : i + 4]) - 1 for i in range(0, len(lengths), 4))
+    assert len(steps) < 0.75 * in_turns
+    prefilled = sum(width for _, width in shapes if width > 1)
+    assert prefilled == sum(len(group.example.prompt_ids) for group in groups)

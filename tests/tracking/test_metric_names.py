@@ -142,8 +142,8 @@ def test_a_surrogate_that_never_clips_has_no_clip_ratio():
 
 def test_every_metric_has_a_description():
     groups = [group((2, True), (3, False))] * 2
-    logged = replace(scores(torch.tensor([[1.0, 0.0], [1.0, 1.0]]), OK), logged={"mine": (1.0, 2.0)})
-    metrics = step_metrics(groups, logged, STATS)
+    total = torch.tensor([[1.0, 0.0], [1.0, 1.0]])
+    metrics = step_metrics(groups, replace(scores(total, OK), real_total=total, logged={"mine": (1.0, 2.0)}), STATS)
     assert metrics["lab/logged/mine"] == 1.5
     supervised = sft_metrics(loss=1.0, grad_norm=1.0, learning_rate=1.0)
     resampling = sampling_metrics(Attempts(limit=3, used=3, num_drawn=9, num_without_signal=1))

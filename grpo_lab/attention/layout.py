@@ -1,0 +1,170 @@
+"""Where every token of a batch goes when nothing is computed twice: one long row without padding.
+
+All prompts come first, each once, then all completions. Which tokens see which is said by segments (runs of tokens that
+see what stands before them in the run) and crossings (tokens of completions that see a whole prompt).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from grpo_lab.types import Batch
+
+# A table takes runs down to this share of its longest one, less a few tokens: a call costs as much as some filling.
+_SIMILAR, _FEW = 0.75, 4
+
+
+@dataclass(frozen=True)
+class Segments:
+    """B runs of tokens of similar length, as a table of W columns filled up on the right.
+
+    `table` [B*W] holds the place of every entry in the long row, 0 for filling; the entries `tokens` [n] are real, and
+    stand at `places` [n] = table[tokens].
+    """
+
+    num_runs: int
+    table: Int[Tensor, "BW"]
+    tokens: Int[Tensor, "n"]
+    places: Int[Tensor, "n"]
+    filling: Bool[Tensor, "B W"]
+
+    @classmethod
+    def of(cls, runs: Sequence[Sequence[int]], device: torch.device) -> "Segments":
+        """The table of some runs, the first of which is the longest."""
+        width = len(runs[0])
+        table = torch.tensor([[*run, *[0] * (width - len(run))] for run in runs], device=device)
+        filling = torch.arange(width, device=device) >= torch.tensor([[len(run)] for run in runs], device=device)
+        tokens = (~filling).flatten().nonzero().squeeze(1)
+        return cls(len(runs), table.flatten(), tokens, table.flatten()[tokens], filling)
+
+
+@dataclass(frozen=True)
+class Crossing:
+    """The completions of one prompt, places `rows`, see all of the prompt, places `prompt`; both without gaps."""
+
+    rows: slice
+    prompt: slice
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """A batch as one row of L tokens, and which of its K completion tokens is predicted at which place.
+
+    `predicted_at` [R] are the places whose logits are needed, each once: the end of a prompt serves the first token of
+    all its completions. Completion token k (in the order of `batch.completion_ids[batch.completion_mask]`) is predicted
+    by logits row `logits_row[k]`.
+    """
+
+    ids: Int[Tensor, "L"]
+    positions: Int[Tensor, "L"]
+    segments: tuple[Segments, ...]
+    crossings: tuple[Crossing, ...]
+    predicted_at: Int[Tensor, "R"]
+    logits_row: Int[Tensor, "K"]
+    longest: int
+
+    @classmethod
+    def of(cls, batch: Batch) -> "PackedBatch":
+        """Lay out a batch whose rows are group-major. Rows without a token are left out."""
+        device = batch.completion_ids.device
+        prompts = batch.prompt_mask.sum(1).tolist()
+        lengths = batch.completion_mask.sum(1).tolist()
+        of_prompt = batch.prompt_index.tolist()
+        prompt_starts = _starts(prompts)
+        row_starts = [prompt_starts[-1] + start for start in _starts(lengths)]
+        rows_of: dict[int, list[int]] = {}
+        for row, prompt in enumerate(of_prompt):
+            if lengths[row] > 0:
+                rows_of.setdefault(prompt, []).append(row)
+
+        runs: list[list[range]] = []
+        crossings, logits_row, predicted_at = [], [0] * sum(lengths), []
+        for prompt, rows in rows_of.items():
+            own = range(prompt_starts[prompt], prompt_starts[prompt + 1])
+            if len(rows) == 1:  # nothing is shared: the prompt and its only completion are one run
+                runs.append([own, range(row_starts[rows[0]], row_starts[rows[0] + 1])])
+            else:
+                runs.append([own])
+                runs += [[range(row_starts[row], row_starts[row + 1])] for row in rows]
+                crossings += [
+                    Crossing(slice(row_starts[a], row_starts[b + 1]), slice(own.start, own.stop))
+                    for a, b in _without_gaps(rows)
+                ]
+            predicted_at.append(own.stop - 1)
+            first = len(predicted_at) - 1
+            for row in rows:
+                start = row_starts[row] - prompt_starts[-1]
+                logits_row[start] = first
+                logits_row[start + 1 : start + lengths[row]] = range(
+                    len(predicted_at), len(predicted_at) + lengths[row] - 1
+                )
+                predicted_at += range(row_starts[row], row_starts[row + 1] - 1)
+        positions = [*_ramps([0] * len(prompts), prompts), *_ramps([prompts[p] for p in of_prompt], lengths)]
+        return cls(
+            ids=torch.cat([batch.prompt_ids[batch.prompt_mask], batch.completion_ids[batch.completion_mask]]),
+            positions=torch.tensor(positions, device=device),
+            segments=tuple(_tables(runs, device)),
+            crossings=tuple(crossings),
+            predicted_at=torch.tensor(predicted_at, device=device),
+            logits_row=torch.tensor(logits_row, device=device),
+            longest=max((prompts[p] + n for p, n in zip(of_prompt, lengths, strict=True)), default=0),
+        )
+
+
+def packed_prompts(prompts: Sequence[Sequence[int]], device: torch.device) -> PackedBatch:
+    """Prompts alone, one after the other; the logits that are needed are those of their ends."""
+    lengths = [len(prompt) for prompt in prompts]
+    starts = _starts(lengths)
+    runs = [[range(start, stop)] for start, stop in pairwise(starts)]
+    return PackedBatch(
+        ids=torch.tensor([token for prompt in prompts for token in prompt], device=device),
+        positions=torch.tensor(_ramps([0] * len(prompts), lengths), device=device),
+        segments=tuple(_tables(runs, device)),
+        crossings=(),
+        predicted_at=torch.tensor([stop - 1 for stop in starts[1:]], device=device),
+        logits_row=torch.arange(len(prompts), device=device),
+        longest=max(lengths),
+    )
+
+
+def spread(values: Float[Tensor, "K"], batch: Batch) -> Float[Tensor, "N T"]:
+    """Values of completion tokens back in rows and columns, 0 where there is no token."""
+    empty = values.new_zeros(batch.completion_mask.shape)
+    return empty.masked_scatter(batch.completion_mask, values)
+
+
+def _starts(lengths: Sequence[int]) -> list[int]:
+    starts = [0]
+    for length in lengths:
+        starts.append(starts[-1] + length)
+    return starts
+
+
+def _ramps(starts: Sequence[int], lengths: Sequence[int]) -> list[int]:
+    return [start + i for start, length in zip(starts, lengths, strict=True) for i in range(length)]
+
+
+def _without_gaps(rows: Sequence[int]) -> list[tuple[int, int]]:
+    """Neighbouring rows as (first, last): [3, 4, 5, 8] -> [(3, 5), (8, 8)]."""
+    spans: list[tuple[int, int]] = []
+    for row in rows:
+        if spans and spans[-1][1] == row - 1:
+            spans[-1] = (spans[-1][0], row)
+        else:
+            spans.append((row, row))
+    return spans
+
+
+def _tables(runs: Sequence[Sequence[range]], device: torch.device) -> list[Segments]:
+    """Runs in tables of similar length, so that little is filling."""
+    places = sorted(([place for part in run for place in part] for run in runs), key=len, reverse=True)
+    tables: list[list[list[int]]] = []
+    for run in places:
+        if not tables or len(run) < _SIMILAR * len(tables[-1][0]) - _FEW:
+            tables.append([])
+        tables[-1].append(run)
+    return [Segments.of(table, device) for table in tables]

@@ -1,0 +1,75 @@
+"""How many of the named entities are found."""
+
+import json
+from typing import Any, Literal
+
+from grpo_lab.scoring import reward
+from grpo_lab.text import extract as extracted
+from grpo_lab.text_metrics import bio_spans, entity_f1
+from grpo_lab.types import Completion
+
+Form = Literal["lines", "json", "tags"]
+NONE = "none"
+
+
+@reward
+def entities(
+    completion: Completion,
+    *,
+    answer: Any,
+    form: Literal["lines", "json", "tags"] = "lines",
+    extract: Literal["none", "xml", "hash", "boxed"] = "none",
+) -> float:
+    r"""F1 over named entities, from 0 to 1: one counts if its type and its whole text are right (CoNLL's definition).
+
+    How the completion writes them: "lines", one `type: text` per line, and `none` if there are none; "json", a list of
+    `{"type": ..., "text": ...}`; "tags", one BIO tag per word, separated by white space. The column `answer` holds the
+    same, as text or as a list (of such objects, of [type, text] pairs, or of tags).
+
+    An entity that is named twice counts twice, so naming it again does not pay. Case counts in texts, not in types.
+    A completion with anything else in it, or with another number of tags than words, scores 0; where there are no
+    entities, only saying so is right. Over a corpus take `grpo_lab.text_metrics.corpus_entity_f1`: F1 is not a mean.
+    The entities are the whole completion, or what stands in <answer> tags ("xml"), after `####` ("hash") or in \boxed{}.
+    """
+    text = extracted(completion.text, extract)
+    if form == "tags":
+        gold_tags = answer.split() if isinstance(answer, str) else list(answer)
+        return 0.0 if text is None else _tagged_f1(text.split(), gold_tags)
+    gold = _read(answer, form) if isinstance(answer, str) else _pairs(answer)
+    if gold is None:
+        raise ValueError(f"the column answer holds no entities in the form {form}, but {answer!r:.80}")
+    found = None if text is None else _read(text, form)
+    return 0.0 if found is None else entity_f1(found, gold)
+
+
+def _tagged_f1(found: list[str], gold: list[str]) -> float:
+    spans = bio_spans(gold)
+    try:
+        return entity_f1(bio_spans(found), spans) if len(found) == len(gold) else 0.0
+    except ValueError:  # the model wrote something that is no tag
+        return 0.0
+
+
+def _read(text: str, form: Form) -> list[tuple[str, str]] | None:
+    """The (type, text) pairs that a text writes; None if it is not in the form."""
+    if form == "json":
+        try:
+            return _pairs(json.loads(text))
+        except (ValueError, RecursionError):
+            return None
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if [line.casefold() for line in lines] == [NONE]:
+        return []
+    return _pairs([line.split(":", 1) for line in lines]) if lines else None
+
+
+def _pairs(items: Any) -> list[tuple[str, str]] | None:
+    """Pairs with the type in lower case; None if an item is neither {type, text} nor [type, text]."""
+    if not isinstance(items, list | tuple):
+        return None
+    pairs = [(item.get("type"), item.get("text")) if isinstance(item, dict) else item for item in items]
+    for pair in pairs:
+        if not isinstance(pair, list | tuple) or len(pair) != 2 or not all(isinstance(each, str) for each in pair):
+            return None
+    found = [(kind.strip().casefold(), " ".join(text.split())) for kind, text in pairs]
+    return found if all(kind and text for kind, text in found) else None

@@ -1,0 +1,32 @@
+"""How many words the answer shares with a gold answer."""
+
+from typing import Any, Literal
+
+from grpo_lab.scoring import reward
+from grpo_lab.text import extract as extracted
+from grpo_lab.text_metrics import gold_texts, squad_normalised
+from grpo_lab.text_metrics import token_f1 as metric
+from grpo_lab.types import Completion
+
+
+@reward
+def token_f1(
+    completion: Completion,
+    *,
+    answer: Any,
+    extract: Literal["none", "xml", "hash", "boxed"] = "none",
+    unanswerable: str = "unanswerable",
+) -> float:
+    r"""F1 between the words of the answer and those of the best gold answer, after SQuAD's normalisation; from 0 to 1.
+
+    The column `answer` is a text, a list of texts (any of them is right), or SQuAD's `{text: [...]}`. An empty list or
+    text is a question without answer: right are an empty answer and the word that `unanswerable` names.
+
+    The answer is the whole completion, or what stands in <answer> tags ("xml"), after `####` ("hash") or in \boxed{}
+    ("boxed"): the last such place. A completion without that place scores 0, also where no answer is right.
+    """
+    found = extracted(completion.text, extract)
+    if found is None:
+        return 0.0
+    gives_up = squad_normalised(found) == squad_normalised(unanswerable)
+    return metric("" if gives_up else found, gold_texts(answer))
