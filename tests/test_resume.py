@@ -70,14 +70,19 @@ PLUGIN = """\
 from grpo_lab.scoring import reward
 
 class Variety:
-    "Different tokens, and a little that depends on all the calls before: its state must survive."
+    "Different tokens, and a little that depends on all that was scored before: its state must survive, and its notes."
 
     def __init__(self):
         self.calls = 0
 
-    def __call__(self, completion, *, scale: float = 8.0):
-        self.calls += 1
-        return len(set(completion.token_ids)) / scale + 0.1 * (self.calls % 7)
+    def __call__(self, completion_ids, log_extra, log_metric, trainer_state, **kwargs):
+        scale = 8.0
+        variety = [len(set(ids)) / scale for ids in completion_ids]
+        place = [self.calls + index + 1 for index in range(len(variety))]
+        self.calls += len(variety)
+        log_extra("place", place)
+        log_metric("done", trainer_state.global_step / trainer_state.max_steps)
+        return [value + 0.1 * (number % 7) for value, number in zip(variety, place)]
 
     def state_dict(self):
         return {"calls": self.calls}
@@ -227,6 +232,19 @@ def test_the_toy_run_learns_in_every_step_so_that_equal_bytes_mean_something(wor
     calls = [read_json(path / "state.json")["state"]["rewards"]["variety"]["calls"] for path in checkpoints]
     assert len(set(calls)) == 12
     assert len({content_of_checkpoint(path)["model.safetensors"] for path in checkpoints}) == 12
+
+
+def test_a_users_reward_gives_the_same_run_in_its_own_process_and_in_this_one(world, monkeypatch):
+    """Values, what it logs, where it thinks training stands, and its state, held-out answers included; all tests below
+    resume the one in its own process."""
+    monkeypatch.setattr("grpo_lab.scoring.reward_set.is_users", lambda term: False)
+    run = world.train("name=here")
+    assert_same_run(run, world.whole)
+    lines = [line for line in read_jsonl(run / "grpo" / "metrics.jsonl") if "loss" in line]
+    assert [line["lab/logged/done"] for line in lines] == [step / 12 for step in range(12)]
+    places = [one for row in read_jsonl(run / "grpo" / "rollouts" / "step-000001.jsonl") for one in extra_of(row)]
+    before = 4  # held-out answers of step 0
+    assert places == [before + index for index in range(1, 17)]
 
 
 def test_stopped_in_every_step_each_checkpoint_and_the_end_are_the_uninterrupted_ones(world):

@@ -347,20 +347,25 @@ def test_a_state_stays_in_its_worker_survives_a_crash_and_goes_on_from_a_checkpo
     assert found.score(groups("a", "b")).total.tolist() == [[2.0, 2.0]]
     assert found.score(groups("BAD", "b")).status["counter"] == (("crashed", "crashed"),)
     assert found.score(groups("a", "b")).total.tolist() == [[4.0, 4.0]]
-    saved = json.loads(json.dumps(found.workers.state_dict()))
+    saved = json.loads(json.dumps(found.state_dict()))
     assert saved == {"counter": {"calls": 4}}
     again = counter(METHODS)
-    again.workers.load_state_dict(saved)
+    again.load_state_dict(saved)
     assert again.score(groups("a", "b")).total.tolist() == [[6.0, 6.0]]
-    assert found.workers.inexact_because() == again.workers.inexact_because() == []
+    assert found.inexact_because() == again.inexact_because() == []
 
 
 def test_a_state_that_no_checkpoint_can_keep_makes_the_run_inexact(counter):
-    found = counter("")
-    found.score(groups("a"))
-    assert found.workers.inexact_because() == [
-        'reward "counter" may keep a state, but has no state_dict and load_state_dict'
+    assert counter("").inexact_because() == [
+        'reward "counter" is an object without state_dict and load_state_dict: what it remembers is lost on resume'
     ]
+
+
+@pytest.mark.parametrize("state", ["{1, 2}", "float('nan')", "1 / 0"])
+def test_a_state_that_cannot_be_had_ends_the_run(counter, state):
+    found = counter(METHODS.replace('{"calls": self.calls}', state))
+    with pytest.raises(RewardError, match=r'reward "counter": state_dict\(\) must give JSON values: '):
+        found.score(groups("a"))
 
 
 def test_a_stop_request_while_a_reward_hangs_waits_for_the_deadline_only(rewards):
