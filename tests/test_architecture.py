@@ -15,7 +15,7 @@ PACKAGE = ROOT / "grpo_lab"
 
 # From the ground up. A name is a module or a folder of `grpo_lab`; a module imports from lower floors and its own folder.
 FLOORS = [
-    {"types", "errors", "seeds", "text", "padding", "bundled", "algorithm", "recipe"},
+    {"types", "errors", "seeds", "text", "answers", "expressions", "padding", "bundled", "algorithm", "recipe"},
     {"scoring", "policy", "sampling", "data", "tracking"},
     {"batching", "evaluate"},
     {"engines"},
@@ -26,7 +26,13 @@ FLOORS = [
 ]
 SHARED = {0, 5, 7}  # on these floors neighbours may import each other; on the others they never do
 MATHS_MAY_IMPORT = {"torch", "jaxtyping"} | sys.stdlib_module_names
-PUBLIC_TO_REWARDS = {"grpo_lab.scoring", "grpo_lab.text", "grpo_lab.types"}
+PUBLIC_TO_REWARDS = {
+    "grpo_lab.scoring",
+    "grpo_lab.text",
+    "grpo_lab.answers",
+    "grpo_lab.expressions",
+    "grpo_lab.types",
+}
 HEAVY = ("torch", "transformers", "trl", "datasets", "accelerate", "wandb", "math_verify")
 
 MAX_FILE_LINES = 350

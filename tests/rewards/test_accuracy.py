@@ -162,7 +162,7 @@ def test_mathematics_off_the_main_thread_is_an_error_and_not_a_hang():
 
     def run():
         try:
-            score(r"\boxed{\frac{7}{3}}", r"\frac{14}{6}")
+            score(r"\boxed{\sqrt{12}}", r"2\sqrt{3}")
         except RuntimeError as error:
             found.append(str(error))
 
