@@ -7,6 +7,7 @@ own may use them, too. Nothing that a model wrote is evaluated as Python here.
 import re
 import threading
 from collections.abc import Sequence
+from fractions import Fraction
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -36,9 +37,7 @@ _QUANTITY = re.compile(
 )
 _ONE_LETTER_UNITS = frozenset("mgshlLJNWVAKCF")
 _FACTORS = {"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12}
-_NO_UNITS = frozenset(
-    "or and not pi half halves third thirds fourth fourths fifth fifths tenth tenths mod squared cubed".split()
-)
+_NO_UNIT = re.compile(r"\b(?:or|and|not|pi|half|halves|(?:third|fourth|fifth|tenth)s?|mod|squared|cubed|times \w+)\b")
 _LONGEST_UNIT = 4  # words
 
 
@@ -112,6 +111,16 @@ def same_answer(gold: str, found: str, *, timeout_seconds: int = 5) -> bool:
         RuntimeError: math-verify was needed off the main thread, where its time limit does not work.
     """
     return _same(gold, found, timeout_seconds)
+
+
+def plain_quantity(text: str) -> Fraction | None:
+    """The number that an answer is, without its dress and its unit; None if it is something else.
+
+    >>> [str(plain_quantity(text)) for text in ["$18 ", "x = 3.5 km", "5 million", "12 or 13"]]
+    ['18', '7/2', '5000000', 'None']
+    """
+    quantity = _quantity(_ASSIGNED.sub("", plain_answer(text)))
+    return None if quantity is None else parse_number(quantity[0])
 
 
 def _after_thoughts(text: str) -> str:
@@ -196,7 +205,7 @@ def _quantity(text: str) -> tuple[str, str] | None:
     single = len(match["unit"]) == 1 and match["unit"] not in ("°", "%")
     if single and (match["unit"] not in _ONE_LETTER_UNITS or not match["gap"]):
         return None
-    if len(words) > _LONGEST_UNIT or _NO_UNITS & set(words):
+    if len(words) > _LONGEST_UNIT or _NO_UNIT.search(" ".join(words)):
         return None
     return match["number"], _unit(words)
 

@@ -13,7 +13,9 @@ LONGEST = 1000  # characters
 DEEPEST = 50  # brackets and signs around one number
 LARGEST_BITS = 2048  # of a numerator or denominator, also in between
 
-_TOKEN = re.compile(r"\s*(?:(?P<number>[0-9]{1,3}(?:,[0-9]{3})+(?![0-9,])|[0-9]+(?:\.[0-9]+)?)|(?P<sign>\*\*|[-+*/^()]))")
+_TOKEN = re.compile(
+    r"\s*(?:(?P<number>[0-9]{1,3}(?:,[0-9]{3})+(?![0-9,])|[0-9]+(?:\.[0-9]+)?)|(?P<sign>\*\*|[-+*/^()]))"
+)
 _SPELLINGS = {"\u2212": "-", "\u2013": "-", "×": "*", "·": "*", "⋅": "*", "÷": "/", "[": "(", "]": ")"}
 _LATEX = {r"\times": "*", r"\cdot": "*", r"\div": "/", r"\left": "", r"\right": "", "{,}": ","}
 _BINDS = {"+": 1, "-": 1, "*": 2, "/": 2, "^": 4}
