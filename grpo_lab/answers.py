@@ -22,9 +22,14 @@ _THOUGHTS_END = ("</think>", "</reasoning>")
 
 _TEXT_COMMAND = re.compile(r"\\(?:text|textbf|textrm|mbox|mathrm|textit)\s*\{([^{}]*)\}")
 _SIZES = re.compile(r"\\(?:left|right)(?![a-zA-Z])")
-_SPACING = re.compile(r"\\[,;: ]|\\q?quad(?![a-zA-Z])|~")
+_SPACING = re.compile(r"(?<!\\)\\[,;: ]|\\q?quad(?![a-zA-Z])|~")  # but not the end of a matrix's row
 _WORDS = re.compile(r"(?=.*[^\W\d_]{2})[^0-9\\=+*/^<>|()\[\]{}_]+")  # as a product of letters, Pairs would be Paris
-_ASSIGNED = re.compile(r"^[A-Za-z](?:_\w+|\([A-Za-z]\))?\s*=\s*(?=.)")
+_ASSIGNED = re.compile(r"(?P<name>[A-Za-z](?:_\w+|\([A-Za-z]\))?)\s*=\s*(?P<value>.+)")
+_ALTERNATIVES = re.compile(r"(?:,|\bor\b|\band\b)\s*(?=[A-Za-z]\s*=)")
+_MEMBER = re.compile(r"^[A-Za-z]\s*(?:\\in(?![a-zA-Z])|∈)\s*(?=.)")
+_ORDERED = re.compile(r"[(\[].*,.*[)\]]")  # a pair or an interval, where a list of roots or a set has no order
+_RELATION = re.compile(r"[<>≤≥∈]|\\(?:le|ge|lt|gt|in)(?:q|qslant)?(?![a-zA-Z])")
+_BASE = re.compile(r"(?P<digits>[0-9]+)_(?:\{(?P<base>[0-9]+)\}|(?P<base1>[0-9]))")
 _DEGREES = re.compile(r"\s*(?:\^\s*(?:\{\s*\\circ\s*\}|\\circ)|°)")
 _SUM = re.compile(r"[0-9]\s*(?:[-+*]|\\cdot|\\times|\\div)\s*[0-9(\\]")  # 16-3-4 is the question, not the answer
 _SUSPECT = (  # where math-verify alone is too kind or too slow
@@ -33,9 +38,10 @@ _SUSPECT = (  # where math-verify alone is too kind or too slow
     re.compile(r"!|\^\s*\{?\s*(?:[0-9]{2}|[0-9]+\s*\^)|(?:[({\[]\s*){4}"),  # seconds of work: 9^{9^9}, ((((1))))
 )
 _QUANTITY = re.compile(
-    r"(?P<number>[^A-Za-z°]*?[0-9.,}%])(?P<gap>\s*)(?P<unit>°|[A-Za-z][A-Za-z ]*(?:\s?(?:\^\s?\{?[23]\}?|[²³]))?)\.?"
+    r"(?P<number>[^A-Za-z°]*?[0-9.,}%])(?P<gap>\s*)(?P<unit>[A-Za-z][A-Za-z ]*)(?P<power>(?:\^ ?\{?[23]\}?|[²³])?)\.?"
 )
 _ONE_LETTER_UNITS = frozenset("mgshlLJNWVAKCF")
+_POWERS = {"2": "2", "3": "3", "²": "2", "³": "3", "square": "2", "sq": "2", "cubic": "3"}
 _FACTORS = {"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12}
 _NO_UNIT = re.compile(r"\b(?:or|and|not|pi|half|halves|(?:third|fourth|fifth|tenth)s?|mod|squared|cubed|times \w+)\b")
 _LONGEST_UNIT = 4  # words
@@ -90,7 +96,7 @@ def plain_answer(text: str) -> str:
     >>> plain_answer(r"$\text{Paris}$."), plain_answer("**12** ")
     ('Paris', '12')
     """
-    plain = text.replace(r"\!", "").replace("\u2212", "-")
+    plain = text.replace(r"\!", "").replace("\u2212", "-").replace(r"\langle", "(").replace(r"\rangle", ")")
     plain = " ".join(_SPACING.sub(" ", _TEXT_COMMAND.sub(r" \1 ", _SIZES.sub("", plain))).split())
     plain = plain.removeprefix(r"\(").removesuffix(r"\)").removeprefix(r"\[").removesuffix(r"\]")
     return plain.strip("$*` ").rstrip(".$*` ")
@@ -119,7 +125,7 @@ def plain_quantity(text: str) -> Fraction | None:
     >>> [str(plain_quantity(text)) for text in ["$18 ", "x = 3.5 km", "5 million", "12 or 13"]]
     ['18', '7/2', '5000000', 'None']
     """
-    quantity = _quantity(_ASSIGNED.sub("", plain_answer(text)))
+    quantity = _quantity(_unnamed(plain_answer(text)))
     return None if quantity is None else parse_number(quantity[0])
 
 
@@ -159,7 +165,7 @@ def _same(gold: str, found: str, timeout_seconds: int) -> bool:
         return True
     if not found or not found.isprintable() or len(found) > 64 + 4 * len(gold):
         return False
-    bare = found if "=" in gold else _ASSIGNED.sub("", found)
+    gold, bare = _MEMBER.sub("", gold), _MEMBER.sub("", found if "=" in gold else _unnamed(found))
     gold_number, found_number = parse_number(gold), parse_number(bare)
     if gold_number is None or found_number is None:
         compared = _same_quantity(gold, bare)
@@ -173,9 +179,20 @@ def _same(gold: str, found: str, timeout_seconds: int) -> bool:
         )
     if _WORDS.fullmatch(gold) or (gold_number is not None and _SUM.search(bare)):
         return False
+    if _ORDERED.fullmatch(gold) and not _ORDERED.fullmatch(bare) and not _RELATION.search(bare):
+        return False
     if any(suspect.search(bare) and not suspect.search(gold) for suspect in _SUSPECT):
         return False
     return _math_verify(gold, bare, timeout_seconds)
+
+
+def _unnamed(found: str) -> str:
+    """12 for x = 12, and 1, 2 for x = 1 or x = 2."""
+    values = [_ASSIGNED.fullmatch(each) for each in _ALTERNATIVES.split(found)]
+    names = {value["name"] for value in values if value is not None}
+    if len(names) != 1 or None in values:
+        return found
+    return ", ".join(value["value"] for value in values if value is not None)
 
 
 def _same_quantity(gold: str, found: str) -> bool | None:
@@ -192,6 +209,9 @@ def _quantity(text: str) -> tuple[str, str] | None:
     """A number as text, its factor worked in, and its unit in the singular ("" if it has none)."""
     if parse_number(text) is not None:
         return text, ""
+    based = _BASE.fullmatch(text)
+    if based is not None:
+        return based["digits"], f"base {based['base'] or based['base1']}"
     match = _QUANTITY.fullmatch(_DEGREES.sub(" degree", text))
     value = None if match is None else parse_number(match["number"])
     if match is None or value is None:
@@ -202,17 +222,20 @@ def _quantity(text: str) -> tuple[str, str] | None:
     if words[0].rstrip("s") in _FACTORS:
         factor = _FACTORS[words[0].rstrip("s")]
         return _quantity(f"{value * factor} {' '.join(words[1:])}".strip())
-    single = len(match["unit"]) == 1 and match["unit"] not in ("°", "%")
-    if single and (match["unit"] not in _ONE_LETTER_UNITS or not match["gap"]):
+    one_letter = len(words[0]) == 1  # 3 m is a length, but 3m and 3R^2 are products
+    if one_letter and (match["unit"].strip() not in _ONE_LETTER_UNITS or not match["gap"]):
         return None
     if len(words) > _LONGEST_UNIT or _NO_UNIT.search(" ".join(words)):
         return None
-    return match["number"], _unit(words)
+    return match["number"], _unit(words, match["power"])
 
 
-def _unit(words: list[str]) -> str:
-    letters = [re.sub(r"[^a-z]", "", word) for word in words if word not in ("square", "cubic", "sq")]
-    return " ".join(re.sub(r"(?<=..)(?:(?<=ch)es|(?<=sh)es|s)$", "", word) for word in letters)
+def _unit(words: list[str], power: str) -> str:
+    """In the singular, and `square inches` as inches^2 is written."""
+    exponent = "".join(_POWERS.get(char, "") for char in power)
+    if words[0] in _POWERS and len(words) > 1:
+        exponent, words = _POWERS[words[0]], words[1:]
+    return " ".join(re.sub(r"(?<=..)(?:(?<=ch)es|(?<=sh)es|s)$", "", word) for word in words) + exponent
 
 
 def _math_verify(gold: str, found: str, timeout_seconds: int) -> bool:
@@ -222,7 +245,9 @@ def _math_verify(gold: str, found: str, timeout_seconds: int) -> bool:
 
     expected = _parse_gold(gold, timeout_seconds)
     answer = _parse(found, timeout_seconds) if expected else []
-    return bool(expected) and bool(verify(expected, answer, timeout_seconds=timeout_seconds))
+    return bool(expected) and bool(
+        verify(expected, answer, timeout_seconds=timeout_seconds, allow_set_relation_comp=True)
+    )
 
 
 @lru_cache(maxsize=8192)

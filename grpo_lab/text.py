@@ -18,7 +18,7 @@ _DECIMAL = rf"(?:{_GROUPED}(?:\.[0-9]*)?|\.[0-9]+)"
 _MONEY = "[$€£¥]?"
 _NUMBER = re.compile(
     rf"{_MONEY} ?(?P<sign>[-+]?){_MONEY} ?(?:(?P<whole>[0-9]+) +(?=[0-9]+/))?"
-    rf"(?P<top>{_DECIMAL})(?:/(?P<bottom>{_DECIMAL}))?(?P<percent> ?%?)\.?"
+    rf"(?P<top>{_DECIMAL})(?:/(?P<bottom>{_DECIMAL}))?(?P<percent> ?%?)(?: ?[€£¥])?\.?"
 )
 _LATEX_NUMBER = re.compile(
     r"(?P<sign>[-+]?) ?(?P<whole>[0-9]*) ?\\[dt]?frac ?(?:\{ ?(?P<top>[0-9]+) ?\}|(?P<top1>[0-9])) ?"
@@ -27,7 +27,10 @@ _LATEX_NUMBER = re.compile(
 _SCIENTIFIC = re.compile(
     r"(?P<sign>[-+]?)(?P<top>[1-9](?:\.[0-9]+)?) ?(?:\\times|\\cdot|×) ?10 ?\^ ?(?:\{ ?(?P<power>[-+]?[0-9]{1,2}) ?\}|(?P<power1>[0-9]))"
 )
-_NUMBER_IN_TEXT = re.compile(r"(?<![\w.])[-\u2212]?\\?\$?(?:[0-9]|\.[0-9])[0-9,]*(?:\.[0-9]+)?(?:/[0-9]+)?(?:\\?%)?")
+_NUMBER_IN_TEXT = re.compile(
+    r"[-\u2212]?(?:(?<![\w.])[0-9]+ ?)?\\[dt]?frac ?(?:\{[0-9]+\}|[0-9]) ?(?:\{[0-9]+\}|[0-9])|"
+    r"(?<![\w.])[-\u2212]?\\?\$?(?:[0-9]|\.[0-9])[0-9,]*(?:\.[0-9]+)?(?:/[0-9]+)?(?:\\?%)?"
+)
 _LONGEST_NUMBER = 100
 
 

@@ -53,12 +53,21 @@ def _chosen(text: str, letters: str) -> str | None:
     match = re.match(rf"\*{{0,2}}(?:\(\s*({one})\s*\)|({one})(?=$|\s*[).:*]))", plain, re.I)
     if match is None:
         return None
-    # What follows may be the choice's text; another bracketed or bare letter in it is another choice.
-    if re.search(
-        rf"(?<![^\W_])(?:\(\s*{one}\s*\)|{one}\)|(?:or|and|,|/)\s*{one}(?![^\W_]))", plain[match.end() :].lstrip(").:*")
-    ):
-        return None
-    return str(match[1] or match[2]).upper()
+    letter = str(match[1] or match[2]).upper()
+    return letter if _others(plain[match.end() :], one) <= {letter} else None
+
+
+def _others(rest: str, one: str) -> set[str]:
+    """The letters that stand as choices in what follows the first, which may be the choice's text."""
+    listed = re.findall(
+        rf"(?:\b(?:or|and)|[,/])\s*({one})(?=\s*(?:$|[).:;,/]|or\b|and\b))|\(\s*({one})\s*\)", rest, re.I
+    )
+    lettered = [  # as in `B) 12`, but not the end of (a + b)
+        match[1]
+        for match in re.finditer(rf"(?<![^\W_])({one})\)", rest, re.I)
+        if rest.count("(", 0, match.start()) <= rest.count(")", 0, match.start())
+    ]
+    return {letter.upper() for letter in [*(first or second for first, second in listed), *lettered]}
 
 
 def _mentioned(text: str, letters: str) -> str | None:
