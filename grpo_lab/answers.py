@@ -243,18 +243,14 @@ def _math_verify(gold: str, found: str, timeout_seconds: int) -> bool:
         raise RuntimeError("accuracy runs on the main thread only: math-verify keeps its time limit by signal.alarm")
     from math_verify import verify  # half a second to import, and plain numbers do not need it
 
-    expected = _parse_gold(gold, timeout_seconds)
+    expected = _parse(gold, timeout_seconds)
     answer = _parse(found, timeout_seconds) if expected else []
     return bool(expected) and bool(
         verify(expected, answer, timeout_seconds=timeout_seconds, allow_set_relation_comp=True)
     )
 
 
-@lru_cache(maxsize=8192)
-def _parse_gold(gold: str, timeout_seconds: int) -> list[Any]:
-    return _parse(gold, timeout_seconds)
-
-
+@lru_cache(maxsize=8192)  # a gold answer comes back every epoch, a found one among the siblings
 def _parse(text: str, timeout_seconds: int) -> list[Any]:
     from math_verify import LatexExtractionConfig, parse
 

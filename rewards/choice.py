@@ -54,7 +54,7 @@ def _chosen(text: str, letters: str) -> str | None:
     if match is None:
         return None
     letter = str(match[1] or match[2]).upper()
-    return letter if _others(plain[match.end() :], one) <= {letter} else None
+    return letter if _others(plain[match.end() :].lstrip(").:* "), one) <= {letter} else None
 
 
 def _others(rest: str, one: str) -> set[str]:
