@@ -38,7 +38,7 @@ _LATIN = re.compile(
     "af|az|br|bs|ca|cs|cy|da|de|en|eo|es|et|eu|fi|fr|ga|gl|hr|ht|hu|id|is|it|la|lt|lv|mg|ms|mt|nl|no|oc|pl|pt|ro|rw|sk|"
     "sl|sq|sv|sw|tl|tr|uz|vi|wa|xh|zu"
 )
-_SENTENCE = re.compile(r"[^.!?。！？\n]+")
+_SENTENCE = re.compile(r"[^.!?。！？\n]+(?:[.!?。！？\n]+|$)")
 _SHORTEST = 20  # letters: less says too little to tell French from Spanish
 
 
@@ -53,23 +53,35 @@ def language(
 
     "script" compares alphabets: quick, certain and without a dependency, but blind between languages that share one
     (English and French). Digits, signs and lone letters (x, π) belong to no language. "model" has py3langid name the
-    language of every sentence (`pip install "grpo-lab[metrics]"`); sentences of less than 20 letters are too short to
-    tell and only their script counts. Languages are ISO 639-1 codes. A completion without letters gets 0: it is a
+    language of every sentence (`pip install "grpo-lab[metrics]"`), short ones together until they have 20 letters; of
+    what remains only the script counts. Languages are ISO 639-1 codes. A completion without letters gets 0: it is a
     penalty to set beside a reward, and pays for nothing.
     """
     expected = _SCRIPTS.get(language, frozenset({"LATIN"}) if _LATIN.fullmatch(language) else None)
     if expected is None:
         raise ValueError(f"language: unknown language {language!r}; use an ISO 639-1 code such as en, fr, zh")
     wrong = total = 0
-    for sentence in _SENTENCE.findall(completion.text):
-        scripts = _letters(sentence)
+    for piece in [completion.text] if by == "script" else _pieces(completion.text):
+        scripts = _letters(piece)
         size = scripts.total()
         total += size
         foreign = sum(count for script, count in scripts.items() if script not in expected)
-        if by == "model" and size >= _SHORTEST and 2 * foreign < size and _model().classify(sentence)[0] != language:
+        if by == "model" and size >= _SHORTEST and 2 * foreign < size and _model().classify(piece)[0] != language:
             foreign = size
         wrong += foreign
     return -wrong / total if total else 0.0
+
+
+def _pieces(text: str) -> list[str]:
+    """Sentences; short ones are read together with those that follow."""
+    pieces, open_piece, size = [], "", 0
+    for sentence in _SENTENCE.findall(text):
+        open_piece += sentence
+        size += _letters(sentence).total()
+        if size >= _SHORTEST:
+            pieces.append(open_piece)
+            open_piece, size = "", 0
+    return [*pieces, open_piece]
 
 
 def _letters(text: str) -> Counter[str]:

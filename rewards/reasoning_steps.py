@@ -14,6 +14,8 @@ _STEP = re.compile(
     re.IGNORECASE | re.MULTILINE,
 )
 
+_LABEL = re.compile(r"\bstep\s+[0-9]+")
+
 
 @reward
 def reasoning_steps(
@@ -32,6 +34,7 @@ def reasoning_steps(
     if target < 1:
         raise ValueError(f"reasoning_steps needs a target of at least 1, got {target}")
     text = completion.text if within == "completion" else tag(completion.text, within) or ""
-    words = [re.findall(r"\w+", match["step"].casefold()) for match in _STEP.finditer(text)]
+    said = (_LABEL.sub(" ", match["step"].casefold()) for match in _STEP.finditer(text))
+    words = [re.findall(r"\w+", each) for each in said]
     distinct = {tuple(step) for step in words if len(step) >= min_words}
     return min(1.0, len(distinct) / target)

@@ -112,9 +112,9 @@ PLACES: dict[str, Callable[[str], str]] = {
 }
 
 
-def refused(name: str) -> Iterator[tuple[str, str, int, list[str]]]:
+def refused(name: str, *, every: int = 1) -> Iterator[tuple[str, str, int, list[str]]]:
     """(dressing, place, tried, refused answers): right answers that do not get the maximum."""
-    data = rows(name)
+    data = rows(name)[::every]
     for dressing, content in (CHOICES if name == "aqua" else CONTENTS).items():
         for place, around in PLACES.items():
             shown = [(row, text) for row in data if (text := content(row)) is not None]
@@ -135,16 +135,15 @@ def refused(name: str) -> Iterator[tuple[str, str, int, list[str]]]:
     yield "a sentence without a place", "lenient", len(said), wrong
 
 
-def paid(name: str, *, shifts: int = 10) -> Iterator[tuple[str, int, list[str]]]:
+def paid(name: str, *, shifts: int = 10, every: int = 1) -> Iterator[tuple[str, int, list[str]]]:
     """(kind of wrong answer, tried, paid ones): other rows' gold answers, and the gold changed in one place."""
     data = [_text(row.gold) for row in rows(name)]
-    pairs = [
-        (gold, data[(index + shift) % len(data)]) for index, gold in enumerate(data) for shift in range(1, shifts + 1)
-    ]
+    some = range(0, len(data), every)
+    pairs = [(data[index], data[(index + shift) % len(data)]) for index in some for shift in range(1, shifts + 1)]
     pairs = [(gold, other) for gold, other in pairs if _differ(gold, other)]
     yield "another row's answer", len(pairs), _paid(name, pairs)
     if name != "aqua":
-        changed = [(gold, other) for gold in data for other in near_misses(gold)]
+        changed = [(gold, other) for gold in data[::every] for other in near_misses(gold)]
         yield "changed in one place", len(changed), _paid(name, changed)
         guesses = [(gold, f"{other}, {gold}") for gold, other in pairs[::shifts] if "," not in gold]
         yield "two guesses in one place", len(guesses), _paid(name, guesses)
