@@ -7,6 +7,8 @@ from grpo_lab.answers import final_answers, gold_answers, plain_answer
 from grpo_lab.scoring import reward
 from grpo_lab.types import Completion
 
+_LONGEST = 1000  # characters of an answer: a letter and what the choice says
+
 
 @reward
 def choice(
@@ -43,6 +45,8 @@ def _gold(text: str, letters: str) -> str:
 
 def _chosen(text: str, letters: str) -> str | None:
     """The letter that an answer starts with, if it is the only one that is chosen."""
+    if len(text) > _LONGEST:
+        return None
     plain = re.sub(
         r"^(?:(?:the )?(?:final |correct )?(?:answer|option|choice)(?: is)?\s*:?\s*)+",
         "",
