@@ -1,3 +1,5 @@
+import threading
+
 import pytest
 
 from grpo_lab.answers import final_answers, gold_answers, plain_answer, plain_quantity, same_answer
@@ -150,3 +152,16 @@ def test_a_list_of_golds_is_taken_one_by_one():
         gold_answers([])
     with pytest.raises(ValueError, match="extract: hash"):
         gold_answers(["12", "so #### 12"])
+
+
+def test_what_cannot_be_a_number_is_decided_without_math_verify():
+    found = []
+    junk = ["1 3", "abc", "12 or 13", "1,2", "12x", "twelve", "!!", "x = y", "?", "12, 12"]
+
+    def run():  # math-verify refuses to work in a thread
+        found.extend(same_answer("12", each) for each in junk)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join(10)
+    assert found == [False] * len(junk)
