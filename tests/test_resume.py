@@ -298,7 +298,7 @@ MOMENTS = {
     "learning from demonstrations": on_call("grpo_lab.stages.sft:negative_log_likelihood", interrupt),
     "held-out loss": on_call("grpo_lab.stages.sft:evaluation_loss", terminate),
     "the end of a stage": before("os.mkdir", ".tmp-final", interrupt),
-    "sampling": on_call("grpo_lab.sampling.native:NativeSampler._draw", terminate),
+    "sampling": on_call("grpo_lab.sampling.shared:SharedPromptDecoder._write", terminate),
     "rewards": on_call("grpo_lab.scoring.reward_set:call", interrupt),
     "log-probs": on_call("grpo_lab.engines.native:with_logps", terminate),
     "backward": on_call("grpo_lab.engines.learner:Learner._count", interrupt),
@@ -330,7 +330,7 @@ def test_the_second_ctrl_c_ends_the_run_at_once(world):
         interrupt()
         interrupt()
 
-    at_once = on_call("grpo_lab.sampling.native:NativeSampler._draw", twice)
+    at_once = on_call("grpo_lab.sampling.shared:SharedPromptDecoder._write", twice)
     assert world.train_forked("name=twice", meanwhile=at_once) == -signal.SIGINT
     assert not (world.run("twice") / "grpo" / "timing.jsonl").exists()
 
