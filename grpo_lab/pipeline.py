@@ -7,6 +7,7 @@ import torch
 from rich.console import Console
 
 from grpo_lab.assemble import Plan, assemble
+from grpo_lab.engines.learner import is_out_of_memory
 from grpo_lab.engines.trl_config import INEXACT
 from grpo_lab.errors import GrpoLabError, SetupError, StopRequested
 from grpo_lab.policy.load import load_policy, write_policy
@@ -59,8 +60,10 @@ def train_recipe(loaded: LoadedRecipe, recipe_text: str, *, go_on: bool, console
             except StopRequested:
                 run.set_status("interrupted")
                 raise
-            except torch.OutOfMemoryError as error:
+            except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
                 run.set_status("failed")
+                if not is_out_of_memory(error):
+                    raise
                 raise SetupError(f"out of memory; lower micro_batch_size or sampling.max_rows. {error}") from error
             except BaseException:
                 run.set_status("failed")

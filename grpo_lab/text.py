@@ -15,8 +15,22 @@ Extract = Literal["none", "hash", "boxed", "xml", "regex"]
 _BRACES = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)
 _GROUPED = r"(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)"
 _DECIMAL = rf"(?:{_GROUPED}(?:\.[0-9]*)?|\.[0-9]+)"
-_NUMBER = re.compile(rf"\$? ?(?P<sign>[-+]?)\$? ?(?P<top>{_DECIMAL})(?:/(?P<bottom>{_DECIMAL}))?(?P<percent>%?)\.?")
-_NUMBER_IN_TEXT = re.compile(r"(?<![\w.])[-\u2212]?\\?\$?(?:[0-9]|\.[0-9])[0-9,]*(?:\.[0-9]+)?(?:/[0-9]+)?(?:\\?%)?")
+_MONEY = "[$€£¥]?"
+_NUMBER = re.compile(
+    rf"{_MONEY} ?(?P<sign>[-+]?){_MONEY} ?(?:(?P<whole>[0-9]+) +(?=[0-9]+/))?"
+    rf"(?P<top>{_DECIMAL})(?:/(?P<bottom>{_DECIMAL}))?(?P<percent> ?%?)(?: ?[€£¥])?\.?"
+)
+_LATEX_NUMBER = re.compile(
+    r"(?P<sign>[-+]?) ?(?P<whole>[0-9]*) ?\\[dt]?frac ?(?:\{ ?(?P<top>[0-9]+) ?\}|(?P<top1>[0-9])) ?"
+    r"(?:\{ ?(?P<bottom>[0-9]+) ?\}|(?P<bottom1>[0-9]))\.?"
+)
+_SCIENTIFIC = re.compile(
+    r"(?P<sign>[-+]?)(?P<top>[1-9](?:\.[0-9]+)?) ?(?:\\times|\\cdot|×) ?10 ?\^ ?(?:\{ ?(?P<power>[-+]?[0-9]{1,2}) ?\}|(?P<power1>[0-9]))"
+)
+_NUMBER_IN_TEXT = re.compile(
+    r"[-\u2212]?(?:(?<![\w.])[0-9]+ ?)?\\[dt]?frac ?(?:\{[0-9]+\}|[0-9]) ?(?:\{[0-9]+\}|[0-9])|"
+    r"(?<![\w.])[-\u2212]?\\?\$?(?:[0-9]|\.[0-9])[0-9,]*(?:\.[0-9]+)?(?:/[0-9]+)?(?:\\?%)?"
+)
 _LONGEST_NUMBER = 100
 
 
@@ -69,11 +83,12 @@ def hash_answer(text: str) -> str | None:
 def parse_number(text: str) -> Fraction | None:
     r"""The number that the whole text writes, exactly; None if it is anything but one number.
 
-    Understands signs (also the typographic minus), decimals, thousands separators, fractions, a dollar sign and a full
-    stop after the number. A percent sign counts as 1/100. Separators that do not group by three are no number.
+    Understands signs (also the typographic minus), decimals, thousands separators, fractions and mixed numbers (plain
+    or LaTeX), powers of ten behind one digit, a currency sign and a full stop after the number. A percent sign counts
+    as 1/100. Separators that do not group by three are no number.
 
-    >>> [str(parse_number(text)) for text in ["-5", "$1,080", "18.", "3.5", "1/2", "50%"]]
-    ['-5', '1080', '18', '7/2', '1/2', '1/2']
+    >>> [str(parse_number(text)) for text in ["-5", "$1,080", "18.", "3.5", "1/2", "50%", r"1\frac{1}{2}"]]
+    ['-5', '1080', '18', '7/2', '1/2', '1/2', '3/2']
     >>> [parse_number(text) for text in ["1,08", "²", "1 2", "12 apples", "1/0", ""]]
     [None, None, None, None, None, None]
     """
@@ -81,17 +96,24 @@ def parse_number(text: str) -> Fraction | None:
         return None
     plain = text.strip().replace("\u2212", "-").replace("{,}", ",").replace(r"\$", "$").replace(r"\%", "%")
     match = _NUMBER.fullmatch(plain)
-    if match is None:
+    if match is not None:
+        value = _ratio(match["top"], match["bottom"] or "1", match["whole"])
+        if value is not None and match["percent"].strip():
+            value /= 100
+    elif (match := _LATEX_NUMBER.fullmatch(plain)) is not None:
+        value = _ratio(match["top"] or match["top1"], match["bottom"] or match["bottom1"], match["whole"])
+    elif (match := _SCIENTIFIC.fullmatch(plain)) is not None:
+        value = _fraction(match["top"]) * Fraction(10) ** int(match["power"] or match["power1"])
+    else:
         return None
-    value = _fraction(match["top"])
-    if match["bottom"] is not None:
-        bottom = _fraction(match["bottom"])
-        if bottom == 0:
-            return None
-        value /= bottom
-    if match["sign"] == "-":
-        value = -value
-    return value / 100 if match["percent"] else value
+    return -value if value is not None and match["sign"] == "-" else value
+
+
+def _ratio(top: str, bottom: str, whole: str | None) -> Fraction | None:
+    below = _fraction(bottom)
+    if below == 0:
+        return None
+    return (_fraction(whole) if whole else 0) + _fraction(top) / below
 
 
 def _fraction(digits: str) -> Fraction:

@@ -10,17 +10,24 @@ from grpo_lab.types import Completion
 def length(
     completion: Completion,
     *,
+    goal: Literal["target", "shorter", "longer"] = "target",
     target: int = 100,
     unit: Literal["tokens", "characters"] = "tokens",
     scale: float | None = None,
 ) -> float:
     """How far the completion is from its target length: -|n - target| / scale, so 0 at the target and -1 one scale off.
 
-    Tokens are all sampled ids, the end-of-sequence token included; they are never counted by characters or by chat
-    messages. `scale` is in the same unit; null takes the target itself.
+    With the goal "shorter" only what exceeds the target is charged (`target: 0` and a scale charge every token), with
+    "longer" only what is missing, so nothing is gained by going on beyond it. Tokens are all sampled ids, the
+    end-of-sequence token included; they are never counted by characters or by chat messages. `scale` is in the same
+    unit; null takes the target itself.
     """
     size = len(completion.token_ids if unit == "tokens" else completion.text)
     divisor = target if scale is None else scale
     if divisor <= 0:
         raise ValueError(f"length needs a scale above 0 (the target, if scale is not given), got {divisor}")
+    if goal == "shorter":
+        return -max(0, size - target) / divisor
+    if goal == "longer":
+        return -max(0, target - size) / divisor
     return -abs(size - target) / divisor

@@ -15,19 +15,8 @@ PACKAGE = ROOT / "grpo_lab"
 
 # From the ground up. A name is a module or a folder of `grpo_lab`; a module imports from lower floors and its own folder.
 FLOORS = [
-    {
-        "types",
-        "errors",
-        "seeds",
-        "text",
-        "padding",
-        "bundled",
-        "algorithm",
-        "recipe",
-        "attention",
-        "sandbox",
-        "text_metrics",
-    },
+    {"types", "errors", "seeds", "padding", "bundled", "algorithm", "recipe", "attention", "sandbox"}
+    | {"text", "text_metrics", "answers", "expressions"},  # for authors of rewards
     {"scoring", "policy", "sampling", "data", "tracking"},
     {"batching", "evaluate"},
     {"engines"},
@@ -39,12 +28,8 @@ FLOORS = [
 SHARED = {0, 5, 7}  # on these floors neighbours may import each other; on the others they never do
 MATHS_MAY_IMPORT = {"torch", "jaxtyping"} | sys.stdlib_module_names
 PUBLIC_TO_REWARDS = {
-    "grpo_lab.errors",
-    "grpo_lab.sandbox",
-    "grpo_lab.scoring",
-    "grpo_lab.text",
-    "grpo_lab.types",
-    "grpo_lab.text_metrics",
+    f"grpo_lab.{name}"
+    for name in ("answers", "errors", "expressions", "sandbox", "scoring", "text", "text_metrics", "types")
 }
 HEAVY = ("torch", "transformers", "trl", "datasets", "accelerate", "wandb", "math_verify")
 

@@ -528,6 +528,23 @@ def test_out_of_memory_exits_4_with_what_to_lower(train, run, monkeypatch):
     assert status(run) == "failed"
 
 
+def test_out_of_memory_at_a_micro_batch_halves_it_and_the_run_says_so(train, run, monkeypatch):
+    original = vars(sys.modules["grpo_lab.policy.forward"])["packed_forward"]
+
+    def small(model, batch, *, temperature):
+        if batch.num_rows > 4 and torch.is_grad_enabled():
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes")
+        return original(model, batch, temperature=temperature)
+
+    monkeypatch.setattr("grpo_lab.policy.forward.packed_forward", small)
+    assert train().code == 0
+    said = [line["message"] for line in read_jsonl(run / "grpo" / "events.jsonl") if line["kind"] == "warning"]
+    assert said[-1].startswith("out of memory: micro-batches of ")
+    info = read_json(run / "run.json")
+    assert info["exact"] is False
+    assert info["inexact_because"][0].startswith("out of memory at step 1 of ")
+
+
 def test_a_full_disk_exits_8_keeps_what_was_saved_and_the_run_goes_on_with_room(train, run, monkeypatch):
     """The kernel refuses files over 10 kB: logs still fit, the second step's checkpoint does not."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -76,8 +76,7 @@ class Variety:
         self.calls = 0
 
     def __call__(self, completion_ids, log_extra, log_metric, trainer_state, **kwargs):
-        scale = 8.0
-        variety = [len(set(ids)) / scale for ids in completion_ids]
+        variety = [len(set(ids)) / 8.0 for ids in completion_ids]
         place = [self.calls + index + 1 for index in range(len(variety))]
         self.calls += len(variety)
         log_extra("place", place)
@@ -235,16 +234,14 @@ def test_the_toy_run_learns_in_every_step_so_that_equal_bytes_mean_something(wor
 
 
 def test_a_users_reward_gives_the_same_run_in_its_own_process_and_in_this_one(world, monkeypatch):
-    """Values, what it logs, where it thinks training stands, and its state, held-out answers included; all tests below
-    resume the one in its own process."""
+    """Its values, what it logs, where it sees training stand, and its state. All other tests resume the one apart."""
     monkeypatch.setattr("grpo_lab.scoring.reward_set.is_users", lambda term: False)
     run = world.train("name=here")
     assert_same_run(run, world.whole)
     lines = [line for line in read_jsonl(run / "grpo" / "metrics.jsonl") if "loss" in line]
     assert [line["lab/logged/done"] for line in lines] == [step / 12 for step in range(12)]
-    places = [one for row in read_jsonl(run / "grpo" / "rollouts" / "step-000001.jsonl") for one in extra_of(row)]
-    before = 4  # held-out answers of step 0
-    assert places == [before + index for index in range(1, 17)]
+    rows = read_jsonl(run / "grpo" / "rollouts" / "step-000001.jsonl")
+    assert [row["extra"]["place"] for row in rows] == list(range(1, 17))
 
 
 def test_stopped_in_every_step_each_checkpoint_and_the_end_are_the_uninterrupted_ones(world):
@@ -332,7 +329,7 @@ MOMENTS = {
     "learning from demonstrations": on_call("grpo_lab.stages.sft:negative_log_likelihood", interrupt),
     "held-out loss": on_call("grpo_lab.stages.sft:evaluation_loss", terminate),
     "the end of a stage": before("os.mkdir", ".tmp-final", interrupt),
-    "sampling": on_call("grpo_lab.sampling.native:NativeSampler._draw", terminate),
+    "sampling": on_call("grpo_lab.sampling.shared:SharedPromptDecoder._write", terminate),
     "rewards": on_call("grpo_lab.scoring.reward_set:call", interrupt),
     "log-probs": on_call("grpo_lab.engines.native:with_logps", terminate),
     "backward": on_call("grpo_lab.engines.learner:Learner._count", interrupt),
@@ -364,7 +361,7 @@ def test_the_second_ctrl_c_ends_the_run_at_once(world):
         interrupt()
         interrupt()
 
-    at_once = on_call("grpo_lab.sampling.native:NativeSampler._draw", twice)
+    at_once = on_call("grpo_lab.sampling.shared:SharedPromptDecoder._write", twice)
     assert world.train_forked("name=twice", meanwhile=at_once) == -signal.SIGINT
     assert not (world.run("twice") / "grpo" / "timing.jsonl").exists()
 
@@ -467,7 +464,7 @@ def test_changed_data_are_refused(scratch, cli):
 
 
 def test_a_changed_reward_is_refused(scratch, cli):
-    (scratch.folder / "variety.py").write_text(PLUGIN.replace("/ scale", "/ scale + 0.5"))
+    (scratch.folder / "variety.py").write_text(PLUGIN.replace("/ 8.0", "/ 8.0 + 0.5"))
     ran = cli("train", scratch.recipe, f"output_dir={scratch.folder}/runs", "--resume")
     assert ran.code == 7
     assert [line.partition(":")[0] for line in ran.err.splitlines()[1:]] == [

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from grpo_lab.errors import NumericError
+from grpo_lab.errors import NumericError, SetupError
 from grpo_lab.recipe.schema import Optimizer
 from grpo_lab.types import Batch, LogpsAndEntropy
 
@@ -60,6 +60,11 @@ class StepSums:
     sums: dict[str, float] = field(default_factory=dict)
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed. On the CPU torch raises a RuntimeError that only its words tell apart."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
+
+
 class Learner:
     """The policy's forward pass with its optimiser, prepared by accelerate. Its state outlives a step.
 
@@ -85,6 +90,7 @@ class Learner:
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.steps_done = 0
         self.skipped_in_a_row = 0
+        self.halved_to: int | None = None  # rows at once since memory last fell short
 
     def step(self, batch: Batch, loss: Loss) -> StepSums:
         """One optimiser step on the batch's rows, in micro-batches whose shares add up to the whole loss.
@@ -96,13 +102,7 @@ class Learner:
         for group in self.optimizer.param_groups:
             group["lr"] = out.learning_rate
         self.optimizer.zero_grad()
-        for start, stop in self.micro_batches(batch, self.micro_batch_size):
-            rows = batch.rows(start, stop)
-            share, sums = loss(self.forward(rows), rows)
-            self.accelerator.backward(share)
-            out.loss += float(share.detach())
-            for name, value in sums.items():
-                out.sums[name] = out.sums.get(name, 0.0) + float(value.detach())
+        out.loss, out.sums = self._gradient(batch, loss)
         out.grad_norm = float(
             nn.utils.clip_grad_norm_(self.parameters, self.settings.max_grad_norm or math.inf, foreach=None)
         )
@@ -111,6 +111,43 @@ class Learner:
             self.optimizer.step()
         self._count(out)
         return out
+
+    def _gradient(self, batch: Batch, loss: Loss) -> tuple[float, dict[str, float]]:
+        """Add up the gradient of the whole batch, micro-batch by micro-batch; the loss and its sums.
+
+        Where memory does not suffice everything is done again in halves, from then on.
+
+        Raises:
+            SetupError: it does not suffice for a single row.
+        """
+        parts = self.micro_batches(batch, self.micro_batch_size)
+        while True:
+            try:
+                return self._added_up(batch, loss, parts)
+            except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                largest = max(stop - start for start, stop in parts)
+                if largest == 1:
+                    tokens = int(batch.prompt_mask.sum(1).max() + batch.completion_mask.sum(1).max())
+                    raise SetupError(
+                        f"out of memory with a single row of up to {tokens} tokens; shorten prompts or completions, set "
+                        f"model.gradient_checkpointing: true, or take a smaller model. {error}"
+                    ) from error
+            self.optimizer.zero_grad()  # what the failed pass has left
+            self.micro_batch_size = self.halved_to = (largest + 1) // 2
+            parts = self.micro_batches(batch, self.micro_batch_size)
+
+    def _added_up(self, batch: Batch, loss: Loss, parts: list[tuple[int, int]]) -> tuple[float, dict[str, float]]:
+        total, sums = 0.0, dict[str, float]()
+        for start, stop in parts:
+            rows = batch.rows(start, stop)
+            share, own = loss(self.forward(rows), rows)
+            self.accelerator.backward(share)
+            total += float(share.detach())
+            for name, value in own.items():
+                sums[name] = sums.get(name, 0.0) + float(value.detach())
+        return total, sums
 
     def _count(self, out: StepSums) -> None:
         self.optimizer.zero_grad()

@@ -20,6 +20,7 @@ from grpo_lab.stages.running import (
     reporting,
     resume,
     say_notes,
+    saying_halved,
     saying_plain,
 )
 from grpo_lab.types import Callback, Policy, StepEnd
@@ -72,6 +73,7 @@ def run_grpo(context: Context, plan: GrpoPlan) -> None:
         context.sinks.step,
         Advice(context.sinks),
         saying_plain(context, forward),
+        saying_halved(context, learner),
         refreshing(stage.algorithm.reference_refresh, policy, reference),
         evaluating(stage.evaluation, measure),
         admitting(context, plan.rewards),

@@ -161,6 +161,22 @@ def evaluating(settings: Evaluation | None, measure: Callable[[int], None]) -> C
     return after_step
 
 
+def saying_halved(context: Context, learner: Learner) -> Callback:
+    """Say when memory fell short and micro-batches became smaller: sums in another order, so no longer the same bytes."""
+    said: list[int] = []
+
+    def say(end: StepEnd) -> None:
+        if learner.halved_to is not None and learner.halved_to not in said:
+            said.append(learner.halved_to)
+            message = (
+                f"out of memory: micro-batches of {learner.halved_to} rows from here on; set micro_batch_size to it"
+            )
+            context.sinks.event(end.stage, end.step, "warning", message, {"rows": learner.halved_to})
+            context.mark_inexact(f"out of memory at step {end.step} of {end.stage}: micro-batches were halved")
+
+    return say
+
+
 def saying_plain(context: Context, forward: PolicyForward) -> Callback:
     """Say once that the model is computed the slow way, and why."""
     said: list[str] = []

@@ -16,7 +16,16 @@ from grpo_lab.policy.forward import PolicyForward
 from grpo_lab.policy.load import load_policy
 from grpo_lab.seeds import derive_seed
 from grpo_lab.stages.plan import SftPlan
-from grpo_lab.stages.running import Context, checkpointing, evaluating, finish, reporting, resume, saying_plain
+from grpo_lab.stages.running import (
+    Context,
+    checkpointing,
+    evaluating,
+    finish,
+    reporting,
+    resume,
+    saying_halved,
+    saying_plain,
+)
 from grpo_lab.tracking.metrics import sft_metrics
 from grpo_lab.tracking.stopwatch import Stopwatch
 from grpo_lab.types import Batch, LogpsAndEntropy, Policy, StepEnd
@@ -46,6 +55,7 @@ def run_sft(context: Context, plan: SftPlan) -> None:
     report = reporting(
         context.sinks.step,
         saying_plain(context, forward),
+        saying_halved(context, learner),
         evaluating(stage.evaluation, measure),
         checkpointing(context, policy, learner, stage.checkpoint),
     )

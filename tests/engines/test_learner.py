@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from grpo_lab.engines.learner import Learner, learning_rate, make_optimizer
-from grpo_lab.errors import NumericError
+from grpo_lab.errors import NumericError, SetupError
 from grpo_lab.recipe.schema import Optimizer
 from grpo_lab.types import Batch, LogpsAndEntropy
 
@@ -227,3 +227,57 @@ def test_a_gradient_of_exactly_zero_moves_nothing_not_even_by_momentum_or_decay(
     assert values(net) == before
     assert (out.loss, out.grad_norm, out.skipped) == (0, 0, False)
     assert taught.steps_done == 2
+
+
+class SmallMemory(Net):
+    """Holds `rows` rows and fails in the backward pass with more, when half of the gradient is there."""
+
+    def __init__(self, rows, error):
+        super().__init__()
+        self.rows, self.error = rows, error
+        self.sizes = []
+
+    def forward(self, batch):
+        self.sizes.append(batch.num_rows)
+        out = super().forward(batch)
+        if batch.num_rows > self.rows:
+            self.vector.grad = torch.full_like(self.vector, 1e6)  # what a failed backward pass may leave
+            raise self.error
+        return out
+
+
+OUT_OF_MEMORY = {
+    "CUDA": torch.OutOfMemoryError("CUDA out of memory"),
+    "CPU": RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"),
+}
+
+
+@pytest.mark.parametrize("kind", OUT_OF_MEMORY)
+def test_out_of_memory_halves_the_micro_batches_and_gives_the_same_step(kind):
+    whole, small = Net(), SmallMemory(1, OUT_OF_MEMORY[kind])
+    out = [learner(net).step(batch_of(1, 2, 4, 5, 9), total) for net in (whole, small)]
+    assert out[0].loss == pytest.approx(out[1].loss)
+    assert out[0].grad_norm == pytest.approx(out[1].grad_norm)
+    torch.testing.assert_close(small.vector, whole.vector)
+    assert small.sizes[0] > 1
+    assert small.sizes[-1] == 1
+
+
+def test_after_one_shortage_the_smaller_size_stays():
+    small = SmallMemory(2, OUT_OF_MEMORY["CPU"])
+    its = learner(small)
+    its.step(batch_of(1, 2, 4, 5, 9), total)
+    assert its.halved_to is not None
+    small.sizes.clear()
+    its.step(batch_of(1, 2, 4, 5, 9), total)
+    assert max(small.sizes) <= 2
+
+
+def test_out_of_memory_with_a_single_row_names_its_size():
+    with pytest.raises(SetupError, match=r"a single row of up to \d+ tokens"):
+        learner(SmallMemory(0, OUT_OF_MEMORY["CPU"])).step(batch_of(1, 2, 4, 5, 9), total)
+
+
+def test_another_runtime_error_is_not_taken_for_a_shortage():
+    with pytest.raises(RuntimeError, match="shapes"):
+        learner(SmallMemory(0, RuntimeError("shapes do not match"))).step(batch_of(1, 2, 4, 5, 9), total)

@@ -1,5 +1,6 @@
 import signal
 import threading
+import time
 
 import pytest
 
@@ -138,6 +139,48 @@ def test_places(text, extract, strict, expected):
     assert score(text, "12", extract=extract, strict=strict) == expected
 
 
+@pytest.mark.parametrize(
+    "text, answer, expected",
+    [
+        ("#### 2", ["2", "-2"], 1.0),
+        ("#### -2", ["2", "-2"], 1.0),
+        ("#### NYC", ["New York", "NYC"], 1.0),
+        ("#### 0.5", ["1/3", 0.5], 1.0),
+        adversarial("#### 3", ["2", "-2"], 0.0, id="none-of-them"),
+        adversarial("#### 2, -2", ["2", "-2"], 0.0, id="all-of-them-are-guesses"),
+        adversarial("#### 2 #### -2", ["2", "-2"], 0.0, id="each-in-a-place-of-its-own"),
+        adversarial("#### ['2', '-2']", ["2", "-2"], 0.0, id="the-list-itself"),
+    ],
+)
+def test_any_of_several_golds_will_do(text, answer, expected):
+    assert score(text, answer) == expected
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        (r"<think>\boxed{3}? \boxed{4}?</think> It is \boxed{12}.", 1.0),
+        ("3? 4? 12?</think>#### 12", 1.0),
+        adversarial(r"<think>It is \boxed{12}.</think>", 0.0, id="only-thought-of"),
+        adversarial(r"<think>12</think> \boxed{1} \boxed{12}", 0.0, id="two-guesses-after-thinking"),
+        adversarial(r"\boxed{12}</think> \boxed{3}", 0.0, id="the-last-word-is-wrong"),
+    ],
+)
+def test_thinking_is_not_an_answer(text, expected):
+    assert score(text, "12") == expected
+
+
+def test_what_takes_longer_than_the_time_limit_is_wrong():
+    started = time.monotonic()
+    assert score(r"\boxed{(((x+y+z)^9)^9)^9}", "(x+1)(x+2)(x+3)", timeout_seconds=1) == 0.0
+    assert 0.9 < time.monotonic() - started < 4.5  # without the limit it takes minutes; with the default, 5 seconds
+
+
+def test_no_time_limit_is_refused():
+    with pytest.raises(ValueError, match="timeout_seconds of at least 1"):
+        score("#### 12", "12", timeout_seconds=0)
+
+
 def test_a_row_without_answer_does_not_apply():
     assert score("#### 12", None) is None
 
@@ -162,7 +205,7 @@ def test_mathematics_off_the_main_thread_is_an_error_and_not_a_hang():
 
     def run():
         try:
-            score(r"\boxed{\frac{7}{3}}", r"\frac{14}{6}")
+            score(r"\boxed{\sqrt{12}}", r"2\sqrt{3}")
         except RuntimeError as error:
             found.append(str(error))
 

@@ -122,6 +122,63 @@ def test_regex_without_pattern_is_an_error():
     assert str(error.value) == "format: style regex needs a pattern"
 
 
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("<think>a</think>\n<answer>1</answer>", 1.0),
+        ("Sure! <think>a</think> so <answer>1</answer>.", 0.5),
+        ("1", 0.0),
+        adversarial("<think>a</think>\n<answer>1\n</answer>\n\n", 1.0, id="line-breaks-cost-nothing"),
+        adversarial("<answer>1</answer><think>a</think>", 0.0, id="wrong-order"),
+        adversarial("<think></think><answer></answer> sure", 0.0, id="nothing-inside"),
+        adversarial("<think>a</think><answer>1</answer><answer>2</answer>", 0.0, id="tag-twice"),
+        adversarial("<think>a</think><answer>1", 0.0, id="cut-off"),
+    ],
+)
+def test_graded(text, expected):
+    assert score(text, credit="graded") == expected
+    assert score(text, credit="graded", strict=False) == expected
+
+
+@pytest.mark.parametrize(
+    "text, options, expected",
+    [
+        ("<think>a</think><answer>1</answer>", {}, 1.0),
+        ("<think>a</think><answer>1", {}, 0.75),
+        ("<answer>1</answer>", {}, 0.5),
+        ("1", {}, 0.0),
+        adversarial("<think>a</think><answer>1</answer>", {}, 1.0, id="no-last-line-break-costs-nothing"),
+        adversarial("<think>a</think><answer>1</answer>" + "x" * 999, {}, 1.0, id="nor-does-text-after"),
+        adversarial("<think>" * 9, {}, 0.0, id="one-tag-many-times"),
+        adversarial("<think>a</think><answer>1</answer><answer>2</answer>", {}, 0.5, id="a-second-answer"),
+        adversarial("a</think><answer>1</answer>", {"prefilled": True}, 1.0, id="the-prompt-opened-it"),
+        adversarial("", {"prefilled": True}, 0.0, id="what-the-prompt-wrote-earns-nothing"),
+        adversarial("<think>a</think><answer>1</answer>", {"prefilled": True}, 1.0, id="opening-again-earns-nothing"),
+        adversarial("<reasoning>a</reasoning>", {"tags": ["reasoning", "answer"]}, 0.5, id="other-names"),
+    ],
+)
+def test_count(text, options, expected):
+    assert score(text, credit="count", **options) == expected
+
+
+def test_graded_goes_with_every_style():
+    assert score("so #### 18\nDone", style="hash", credit="graded") == 0.5
+    assert score("so a1", style="regex", pattern="a.", credit="graded") == 0.5
+    assert score(r"so \boxed{1}", style="boxed", credit="graded") == 1.0
+
+
+def test_reasoning_and_answer():
+    text = "<reasoning>\na\n</reasoning>\n<answer>\n1\n</answer>\n"
+    assert score(text, tags=["reasoning", "answer"]) == 1.0
+    assert score(text) == 0.0
+
+
+@pytest.mark.parametrize("options", [{"credit": "count"}, {"prefilled": True}])
+def test_options_of_tags_are_refused_elsewhere(options):
+    with pytest.raises(ValueError, match="goes with style: tags only"):
+        score("#### 1", style="hash", **options)
+
+
 @pytest.mark.parametrize("piece", ["<think>", "</think>", " ", "<think></think>", "####", "\n"])
 def test_a_megabyte_of_anything_is_read_in_linear_time(piece):
     start = time.monotonic()

@@ -24,6 +24,13 @@ def score(text, num_tokens, **options):
         adversarial("", 1, {"target": 1}, 0.0, id="only-the-end-token"),
         adversarial("né€", 9, {"target": 3, "unit": "characters"}, 0.0, id="characters-are-not-bytes"),
         adversarial("abc", 400, {}, -3.0, id="no-floor"),
+        ("abc", 150, {"goal": "shorter"}, -0.5),
+        ("abc", 50, {"goal": "longer"}, -0.5),
+        adversarial("abc", 99, {"goal": "shorter"}, 0.0, id="nothing-gained-below-the-target"),
+        adversarial("", 0, {"goal": "shorter"}, 0.0, id="empty-gains-nothing-by-it"),
+        adversarial("abc", 9999, {"goal": "longer"}, 0.0, id="nothing-gained-by-going-on"),
+        adversarial("abc", 7, {"goal": "shorter", "target": 0, "scale": 10.0}, -0.7, id="every-token-charged"),
+        adversarial("x" * 400, 10, {"goal": "longer", "target": 40}, -0.75, id="characters-do-not-help"),
         adversarial("abc", 3, {"target": 0, "scale": 1.0}, -3.0, id="shortest-wins"),
     ],
 )
