@@ -95,7 +95,8 @@ def evaluate(
         folder = StageFolder(run / name).final
         if not folder.is_dir():
             raise UsageError(f"{folder}: is not there; the stage is not finished (grpo-lab train --resume goes on)")
-        model = loaded.recipe.model.model_copy(update={"path": str(folder), "config": None, "tokenizer": None})
+        of_stage = loaded.recipe.model_of(loaded.recipe.stages[name])
+        model = of_stage.model_copy(update={"path": str(folder), "config": None, "tokenizer": None})
     else:
         model = Model(path=target, dtype=loaded.recipe.model.dtype)
     loaded = LoadedRecipe(loaded.recipe.model_copy(update={"model": model}), loaded.sources)

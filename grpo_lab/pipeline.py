@@ -67,9 +67,11 @@ def train_recipe(loaded: LoadedRecipe, recipe_text: str, *, go_on: bool, console
 
 
 def _run_stages(plan: Plan, run: RunFolder, files: JsonlSink, sinks: Sinks, stop: StopSignal) -> None:
-    """Each stage starts from the one before; the first from the recipe's model."""
-    start = _base(plan, run)
+    """Each stage starts from what it names: the one before, an earlier one, or the recipe's model."""
+    base = _base(plan, run)
+    starts = {"base": base, "previous": base}
     for stage in plan.stages:
+        start = starts[stage.stage.start_from]
         folder = run.stage(stage.name)
         if folder.result.exists():
             verify_folder(folder.final)
@@ -82,7 +84,7 @@ def _run_stages(plan: Plan, run: RunFolder, files: JsonlSink, sinks: Sinks, stop
                 run_sft(context, stage)
             else:
                 run_grpo(context, stage)
-        start = folder.final
+        starts["previous"] = starts[stage.name] = folder.final
 
 
 def _base(plan: Plan, run: RunFolder) -> Path | None:
@@ -93,7 +95,8 @@ def _base(plan: Plan, run: RunFolder) -> Path | None:
     if base.exists():
         verify_folder(base)
     else:
-        policy = load_policy(plan.recipe.model, plan.tokenizer, seed=plan.recipe.seed)
+        whole = plan.recipe.model.model_copy(update={"lora": None, "quantization": None})
+        policy = load_policy(whole, plan.tokenizer, seed=plan.recipe.seed)
         save_folder_atomic(base, lambda folder: write_policy(policy, folder))
     return base
 

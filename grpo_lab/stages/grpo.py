@@ -11,7 +11,7 @@ from grpo_lab.sampling.decoding import Decoding
 from grpo_lab.seeds import derive_seed
 from grpo_lab.stages.advice import Advice
 from grpo_lab.stages.plan import GrpoPlan
-from grpo_lab.stages.running import Context, checkpointing, evaluating, finish, reporting, resume
+from grpo_lab.stages.running import Context, checkpointing, evaluating, finish, reporting, resume, say_what_learns
 from grpo_lab.types import Callback, Policy, StepEnd
 
 
@@ -23,7 +23,7 @@ def run_grpo(context: Context, plan: GrpoPlan) -> None:
         run_grpo_trl(context, plan)
         return
     stage, recipe = plan.stage, context.recipe
-    policy = load_policy(recipe.model, context.tokenizer, seed=recipe.seed, folder=context.start)
+    policy = load_policy(recipe.model_of(stage), context.tokenizer, seed=recipe.seed, folder=context.start)
     reference = frozen_copy(policy) if stage.algorithm.beta > 0 else None  # before resume: as the stage began
     learner = Learner(
         PolicyForward(
@@ -37,6 +37,9 @@ def run_grpo(context: Context, plan: GrpoPlan) -> None:
     )
     moving = reference if stage.algorithm.reference_refresh is not None else None
     start = resume(context, plan.name, policy, learner, moving_reference=moving)
+
+    if start == 0:
+        say_what_learns(context, plan.name, policy)
 
     def measure(step: int) -> None:
         result = measure_policy(policy, plan, seed=recipe.seed)

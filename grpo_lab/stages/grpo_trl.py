@@ -18,7 +18,7 @@ from grpo_lab.sampling.decoding import Decoding
 from grpo_lab.stages.advice import Advice
 from grpo_lab.stages.grpo import measure_policy
 from grpo_lab.stages.plan import GrpoPlan
-from grpo_lab.stages.running import Context, evaluating, finish, reporting
+from grpo_lab.stages.running import Context, evaluating, finish, reporting, say_what_learns
 from grpo_lab.tracking.files import disk_errors
 from grpo_lab.tracking.folders import MANIFEST, is_complete, seal_folder, verify_folder
 
@@ -26,13 +26,15 @@ from grpo_lab.tracking.folders import MANIFEST, is_complete, seal_folder, verify
 def run_grpo_trl(context: Context, plan: GrpoPlan) -> None:
     """Train the stage from where it stands to its end, and leave its final model."""
     stage, recipe = plan.stage, context.recipe
-    policy = load_policy(recipe.model, context.tokenizer, seed=recipe.seed, folder=context.start)
+    policy = load_policy(recipe.model_of(stage), context.tokenizer, seed=recipe.seed, folder=context.start)
     resumed = resume(context, plan)
 
     def measure(step: int) -> None:
         result = measure_policy(policy, plan, seed=recipe.seed)
         context.sinks.evaluation(plan.name, step, result.metrics, result.rows)
 
+    if resumed is None:
+        say_what_learns(context, plan.name, policy)
     if resumed is None and stage.evaluation is not None:
         measure(0)
     backend = stage.sampling.backend
@@ -49,7 +51,7 @@ def run_grpo_trl(context: Context, plan: GrpoPlan) -> None:
     )
     train(
         parts,
-        recipe.model,
+        recipe.model_of(stage),
         output=context.folder.checkpoints,
         resume_from=resumed.path if resumed else None,
         report=reporting(context.sinks.step, Advice(context.sinks), evaluating(stage.evaluation, measure)),

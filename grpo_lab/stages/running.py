@@ -11,6 +11,7 @@ from typing import Any
 from grpo_lab.engines.learner import Learner
 from grpo_lab.errors import StopRequested
 from grpo_lab.policy.load import write_policy
+from grpo_lab.policy.trainable import learned, parameter_count, restore, state
 from grpo_lab.recipe import Recipe
 from grpo_lab.recipe.schema import Checkpoint, Evaluation
 from grpo_lab.tracking.checkpoints import load_latest, optimizer_state, optimizer_tensors, save_checkpoint
@@ -78,14 +79,19 @@ def resume(
         return 0
     for problem in loaded.skipped:
         context.sinks.event(name, loaded.step, "warning", f"checkpoint left out: {problem}", {})
-    policy.model.load_state_dict(dict(loaded.tensors["model"]))
+    restore(policy.model, loaded.tensors["model"])
     if moving_reference is not None:
-        moving_reference.model.load_state_dict(dict(loaded.tensors["reference"]))
+        restore(moving_reference.model, loaded.tensors["reference"])
     learner.optimizer.load_state_dict(optimizer_state(loaded.tensors["optimizer"], loaded.state["optimizer"]))
     learner.steps_done = loaded.state["steps_done"]
     learner.skipped_in_a_row = loaded.state["skipped_in_a_row"]
     context.sinks.event(name, loaded.step, "info", f"resumed from {loaded.path.name}", {})
     return loaded.step
+
+
+def say_what_learns(context: Context, name: str, policy: Policy) -> None:
+    """The number and share of parameters that learn, before the first step."""
+    context.sinks.event(name, 0, "info", parameter_count(policy.model), {})
 
 
 def checkpointing(
@@ -103,11 +109,12 @@ def checkpointing(
         if not (asked or end.step % settings.every == 0 or end.step == end.num_steps):
             return
         tensors, values = optimizer_tensors(learner.optimizer.state_dict())
-        moving = {} if moving_reference is None else {"reference": moving_reference.model.state_dict()}
+        names = learned(policy.model)
+        moving = {} if moving_reference is None else {"reference": state(moving_reference.model, names)}
         save_checkpoint(
             context.folder.checkpoints,
             step=end.step,
-            tensors={"model": policy.model.state_dict(), "optimizer": tensors, **moving},
+            tensors={"model": state(policy.model, names), "optimizer": tensors, **moving},
             state={
                 "optimizer": values,
                 "steps_done": learner.steps_done,

@@ -16,7 +16,7 @@ from grpo_lab.policy.forward import PolicyForward
 from grpo_lab.policy.load import load_policy
 from grpo_lab.seeds import derive_seed
 from grpo_lab.stages.plan import SftPlan
-from grpo_lab.stages.running import Context, checkpointing, evaluating, finish, reporting, resume
+from grpo_lab.stages.running import Context, checkpointing, evaluating, finish, reporting, resume, say_what_learns
 from grpo_lab.tracking.metrics import sft_metrics
 from grpo_lab.tracking.stopwatch import Stopwatch
 from grpo_lab.types import Batch, LogpsAndEntropy, Policy, StepEnd
@@ -27,7 +27,8 @@ EVALUATION_ROWS = 64  # rows of one forward pass when nothing smaller is asked f
 def run_sft(context: Context, plan: SftPlan) -> None:
     """Train the stage from where it stands to its end, and leave its final model."""
     stage = plan.stage
-    policy = load_policy(context.recipe.model, context.tokenizer, seed=context.recipe.seed, folder=context.start)
+    model, seed = context.recipe.model_of(stage), context.recipe.seed
+    policy = load_policy(model, context.tokenizer, seed=seed, folder=context.start)
     learner = Learner(
         PolicyForward(policy.model, temperature=1.0),
         stage.optimizer,
@@ -35,6 +36,9 @@ def run_sft(context: Context, plan: SftPlan) -> None:
         micro_batch_size=stage.micro_batch_size,
     )
     start = resume(context, plan.name, policy, learner)
+
+    if start == 0:
+        say_what_learns(context, plan.name, policy)
 
     def measure(step: int) -> None:
         metrics = evaluation_loss(policy, plan.held_out, stage.micro_batch_size or EVALUATION_ROWS)
@@ -50,7 +54,7 @@ def run_sft(context: Context, plan: SftPlan) -> None:
     for step in range(start, stage.steps):
         clock = Stopwatch()
         policy.model.train()
-        torch.manual_seed(derive_seed(context.recipe.seed, plan.name, "dropout", step))
+        torch.manual_seed(derive_seed(seed, plan.name, "dropout", step))
         batch = training_batch(plan.rows.at(step), policy)
         result = learner.step(batch, negative_log_likelihood)
         clock.lap("learn")
