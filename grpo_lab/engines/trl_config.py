@@ -83,6 +83,7 @@ SHARED: Mapping[str, str] = {
     "kind": "chooses the stage",
     "engine": "chooses this engine",
     "data": "the prompt stream",
+    "start_from": "the pipeline",
     "rewards": "RewardSet, which TRL asks through one function per term",
     "max_failed_rewards": "check_budget",
     "checkpoint": "asks TRL for checkpoints and keeps the newest",

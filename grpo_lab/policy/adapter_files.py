@@ -30,7 +30,9 @@ def base_of(source: str) -> str:
     path = Path(base)
     if not path.is_absolute() or path.is_dir():
         return base
-    run = folder.absolute().parent.parent  # the adapter is <run>/<stage>/final, its base <run>/<stage>/final or <run>/base
+    run = (
+        folder.absolute().parent.parent
+    )  # the adapter is <run>/<stage>/final, its base <run>/<stage>/final or <run>/base
     for moved in (run / path.parent.name / path.name, run / path.name):
         if moved.is_dir():
             return str(moved)

@@ -61,7 +61,7 @@ class Quantization(Block):
 
 
 class StageModel(Block):
-    """What a stage changes of the recipe's model block. What is not written stays as it is there."""
+    """What a stage changes of the recipe's model block; the loader fills what is not written from there."""
 
     lora: Lora | None = None
     """Learn an adapter; null = all weights. An adapter that the stage starts from goes on, if its settings are these."""
@@ -504,22 +504,6 @@ class Recipe(Block):
     """The stages, in order; the key is the stage's name and folder."""
     tracking: Tracking = Tracking()
     """What is written beside the metrics."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _fill_stage_models(cls, values: Any) -> Any:
-        """A stage's model block gets what it does not say from the recipe's."""
-        model, stages = (values.get(key) for key in ("model", "stages")) if isinstance(values, dict) else (None, None)
-        if not isinstance(model, dict) or not isinstance(stages, dict):
-            return values
-        above = {key: model[key] for key in StageModel.model_fields if key in model}
-        filled = {
-            name: {**stage, "model": {**above, **stage["model"]}}
-            if isinstance(stage, dict) and isinstance(stage.get("model"), dict)
-            else stage
-            for name, stage in stages.items()
-        }
-        return {**values, "stages": filled}
 
     @model_validator(mode="after")
     def _stages_start_from_earlier_ones(self) -> "Recipe":

@@ -123,7 +123,8 @@ def test_only_the_adapter_learns(make_policy, tokenizer, tmp_path, lora, names):
     write_policy(make_policy(model_type="qwen2"), tmp_path)  # it has biases
     policy = load_policy(Model(path=str(tmp_path), lora=lora), tokenizer, seed=0)
     learning = [name for name, flag in flags(policy).items() if flag]
-    assert learning and all(any(part in name for part in names) for name in learning)
+    assert learning
+    assert all(any(part in name for part in names) for name in learning)
     assert any(".bias" in name for name in learning) == (lora.bias == "all")
     before = tensors(policy)
     optimizer = make_optimizer(policy.model, Optimizer(learning_rate=0.1))
@@ -190,9 +191,14 @@ def test_a_reference_pass_leaves_policy_optimiser_and_count_as_they_are(warm, ba
     reference = frozen_copy(policy)
     kept = tensors(policy)
     reference_logps(reference, rows(policy), temperature=1.0)
-    assert flags(policy) == before and parameter_count(policy.model) == count
+    assert flags(policy) == before
+    assert parameter_count(policy.model) == count
     assert same(tensors(policy), kept)
-    stepped = {id(p) for group in make_optimizer(policy.model, Optimizer(learning_rate=1)).param_groups for p in group["params"]}
+    stepped = {
+        id(p)
+        for group in make_optimizer(policy.model, Optimizer(learning_rate=1)).param_groups
+        for p in group["params"]
+    }
     assert stepped == {id(p) for name, p in policy.model.named_parameters() if before[name]}
     assert stepped.isdisjoint(id(p) for p in reference.model.parameters())
     assert not any(p.requires_grad for p in reference.model.parameters())
@@ -209,13 +215,15 @@ def test_a_moving_reference_moves_its_adapter_and_never_the_shared_weights(fresh
     for name, value in reference.model.state_dict().items():
         if name in names:
             expected = 0.25 * policy.model.state_dict()[name] + 0.75 * began[name]
-            assert torch.allclose(value, expected, atol=1e-7) and not torch.equal(value, began[name])
+            assert torch.allclose(value, expected, atol=1e-7)
+            assert not torch.equal(value, began[name])
         else:
             assert torch.equal(value, base_before[name])
 
 
 def test_what_is_written_is_the_adapter_alone_and_loads_with_transformers_and_with_peft(warm, base, tokenizer):
-    assert not (warm / "model.safetensors").exists() and not (warm / "README.md").exists()
+    assert not (warm / "model.safetensors").exists()
+    assert not (warm / "README.md").exists()
     assert all("lora_" in name and "reference" not in name for name in load_file(warm / "adapter_model.safetensors"))
     policy = load_policy(Model(path=str(base), lora=ADAPTER), tokenizer, seed=0, folder=warm)
     ids = torch.tensor([[5, 6, 7]])
@@ -244,7 +252,10 @@ def test_a_warm_adapter_can_be_merged_and_all_weights_trained(warm, base, tokeni
     [
         (Lora(r=8, alpha=8), "model.lora.r: 8, but the adapter in FOLDER has 4; "),
         (Lora(r=4, alpha=16), "model.lora.alpha: 16, but the adapter in FOLDER has 8; "),
-        (Lora(r=4, alpha=8, target_modules=["q_proj"]), "model.lora.target_modules: the adapter in FOLDER has other lay"),
+        (
+            Lora(r=4, alpha=8, target_modules=["q_proj"]),
+            "model.lora.target_modules: the adapter in FOLDER has other lay",
+        ),
     ],
 )
 def test_an_adapter_with_other_settings_is_not_gone_on_with(warm, base, tokenizer, lora, message):

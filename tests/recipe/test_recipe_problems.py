@@ -134,7 +134,7 @@ def test_a_value_that_may_be_text_or_a_mapping_is_one_problem():
 def test_a_key_named_like_a_stage_kind_keeps_its_path():
     assert problems(grpo(more="    engin: {sft: 1}\n    grpo: {data: 1}\n")) == [
         'x.yaml:12:5: stages.g.engin: unknown key; did you mean "engine"?',
-        "x.yaml:13:5: stages.g.grpo: unknown key; known: data, steps, micro_batch_size, optimizer, checkpoint, evaluation, "
+        "x.yaml:13:5: stages.g.grpo: unknown key; known: data, start_from, model, steps, micro_batch_size, optimizer, checkpoint, evaluation, "
         "kind, engine, sampling, rewards, algorithm, prompts_per_step, max_failed_rewards",
     ]
 
