@@ -179,7 +179,7 @@ class Builder:
     def _grpo(self, name: str, stage: GrpoStage, loc: Loc) -> GrpoPlan | None:
         if stage.engine == "trl":
             require_trl()
-            for key, problem in unsupported(stage):
+            for key, problem in unsupported(stage, self.recipe.model_of(stage)):
                 self.found.add((*loc, *key), problem)
         examples = self._examples(stage, stage.data, loc)
         held_out: Sequence[Example] = ()

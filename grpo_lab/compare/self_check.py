@@ -67,7 +67,7 @@ def scale_of(policy: Policy, batch: Batch, stage: GrpoStage) -> float:
 
 def direct(policy: Policy, batch: Batch, stage: GrpoStage) -> Result:
     """Loss and gradient of a batch as it is; the engine itself would cut superfluous columns off again."""
-    model: nn.Module = copy.deepcopy(policy.model).requires_grad_(True)
+    model: nn.Module = copy.deepcopy(policy.model)
     learn_without_dropout(model)
     out = policy_forward(model, stage)(batch)
     loss, _ = GrpoLoss(stage.algorithm)(out, batch)
