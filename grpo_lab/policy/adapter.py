@@ -12,8 +12,8 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from safetensors.torch import load_file, save_file
 
 from grpo_lab.errors import RecipeError
-from grpo_lab.policy.adapter_files import CONFIG, WEIGHTS
-from grpo_lab.recipe.schema import Lora
+from grpo_lab.policy.adapter_files import CONFIG, QUANTIZATION, WEIGHTS
+from grpo_lab.recipe.schema import Lora, Quantization
 from grpo_lab.seeds import derive_seed
 
 # What of an adapter's settings must be the same where a stage goes on with it: the recipe's key and peft's.
@@ -83,7 +83,7 @@ def targets(written: dict[str, Any]) -> dict[str, Any]:
     return {"target_modules": sorted(written["target_modules"])}
 
 
-def write_adapter(model: PeftModel, folder: Path) -> None:
+def write_adapter(model: PeftModel, folder: Path, quantization: Quantization | None) -> None:
     """Write the adapter alone, its base named by where it was loaded from; the same bytes for the same adapter."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
@@ -93,3 +93,5 @@ def write_adapter(model: PeftModel, folder: Path) -> None:
     config |= {"inference_mode": True, "base_model_name_or_path": model.get_base_model().name_or_path}
     plain = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
     (folder / CONFIG).write_text(json.dumps(plain, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    if quantization is not None:
+        (folder / QUANTIZATION).write_text(quantization.model_dump_json() + "\n", encoding="utf-8")

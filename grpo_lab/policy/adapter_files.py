@@ -2,10 +2,11 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from grpo_lab.errors import RecipeError
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG, WEIGHTS, QUANTIZATION = "adapter_config.json", "adapter_model.safetensors", "quantization.json"
 
 
 def is_adapter(folder: str | Path) -> bool:
@@ -37,3 +38,12 @@ def base_of(source: str) -> str:
         if moved.is_dir():
             return str(moved)
     raise RecipeError(f"model: {folder / CONFIG} names {base} as the adapter's base, which is not there")
+
+
+def quantization_of(source: str) -> dict[str, Any] | None:
+    """How the weights were kept beside which an adapter learnt; None if not quantized, or if this is no adapter."""
+    path = Path(source) / QUANTIZATION
+    if not path.is_file():
+        return None
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found

@@ -8,14 +8,15 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
-from grpo_lab.errors import RecipeError
-from grpo_lab.policy.adapter_files import base_of, is_adapter
-from grpo_lab.recipe.schema import Model
+from grpo_lab.errors import CheckpointError, RecipeError
+from grpo_lab.policy.adapter_files import base_of, is_adapter, quantization_of
+from grpo_lab.recipe.schema import Model, Quantization
 from grpo_lab.seeds import derive_seed
 from grpo_lab.types import Policy
 
 # What transformers raises for a folder, a config or weights that it cannot use.
 LOADING_ERRORS = (OSError, ValueError, TypeError, KeyError, RuntimeError, StrictDataclassError, SafetensorError)
+SAVED_GAP = 1e-5  # of the largest logit; it is 0 where the same kernels run twice
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -79,7 +80,7 @@ def load_policy(model: Model, tokenizer: Any, *, seed: int, folder: str | Path |
     read; code in a model's repository does not run unless the recipe says so.
     """
     source = None if folder is None and model.config is not None else str(folder or model.path)
-    network = new_network(model, tokenizer, seed=seed) if source is None else read_network(model, base_of(source))
+    network = new_network(model, tokenizer, seed=seed) if source is None else read_base(model, source)
     if model.gradient_checkpointing:
         network.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     network = network.to("cuda" if torch.cuda.is_available() else "cpu")
@@ -105,6 +106,19 @@ def new_network(model: Model, tokenizer: Any, *, seed: int) -> Any:
             )
         except LOADING_ERRORS as error:
             raise RecipeError(f"model.config: {first_line(error)}") from error
+
+
+def read_base(model: Model, source: str) -> Any:
+    """The whole weights that `source` is, or that its adapter belongs to.
+
+    An adapter that is to be merged was learnt beside certain weights: if those were in 4 bits, it gets them back, in
+    the model's dtype.
+    """
+    learnt_beside = quantization_of(source)
+    if model.lora is not None or learnt_beside is None:
+        return read_network(model, base_of(source))
+    lossy = model.model_copy(update={"quantization": Quantization.model_validate(learnt_beside)})
+    return read_network(lossy, base_of(source)).dequantize(dtype=DTYPES[model.dtype])
 
 
 def read_network(model: Model, source: str) -> Any:
@@ -174,16 +188,43 @@ def has_adapter(network: Any) -> bool:
     return not isinstance(network, PreTrainedModel)
 
 
-def write_policy(policy: Policy, folder: Path) -> None:
-    """Write the model (safetensors), or its adapter alone, and the tokenizer, so that transformers loads them."""
+def write_policy(policy: Policy, folder: Path, quantization: Quantization | None = None) -> None:
+    """Write the model (safetensors), or its adapter alone, and the tokenizer, so that transformers loads them.
+
+    `quantization`: how the weights beside the adapter are kept, which is written down with it.
+    """
     network: Any = policy.model
     if has_adapter(network):
         from grpo_lab.policy.adapter import write_adapter
 
-        write_adapter(network, folder)
+        write_adapter(network, folder, quantization)
     else:
         network.save_pretrained(folder)
     policy.tokenizer.save_pretrained(folder)
+
+
+@torch.no_grad()
+def logits_gap(one: Policy, other: Policy) -> float:
+    """The largest difference of two models' logits on a fixed text, as a share of the largest logit."""
+    ids = torch.arange(16) * 7 % len(one.tokenizer)
+    found = []
+    for policy in (one, other):
+        model: Any = policy.model.eval()
+        found.append(model(input_ids=ids[None].to(next(model.parameters()).device)).logits.float())
+    return float((found[0] - found[1]).abs().max() / found[0].abs().max())
+
+
+def write_checked(policy: Policy, folder: Path, model: Model) -> float:
+    """Write the policy, load it again from there, and compare the logits; returns the gap.
+
+    Raises:
+        CheckpointError: what was written is not the policy.
+    """
+    write_policy(policy, folder, model.quantization)
+    gap = logits_gap(policy, load_policy(model, policy.tokenizer, seed=0, folder=folder))
+    if not gap <= SAVED_GAP:
+        raise CheckpointError(f"{folder}: the model that was written is not the model: its logits differ by {gap:.2g}")
+    return gap
 
 
 def first_line(error: BaseException) -> str:

@@ -67,7 +67,7 @@ def run_grpo(context: Context, plan: GrpoPlan) -> None:
         checkpointing(context, policy, learner, stage.checkpoint, moving_reference=moving),
     )
     train(parts, start=start, report=report)
-    finish(context, policy, steps=stage.steps)
+    finish(context, plan.name, policy, recipe.model_of(stage), steps=stage.steps)
 
 
 def refreshing(settings: ReferenceRefresh | None, policy: Policy, reference: Policy | None) -> Callback:

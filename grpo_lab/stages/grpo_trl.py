@@ -57,7 +57,7 @@ def run_grpo_trl(context: Context, plan: GrpoPlan) -> None:
         report=reporting(context.sinks.step, Advice(context.sinks), evaluating(stage.evaluation, measure)),
         callbacks=[Saving(context, plan)],
     )
-    finish(context, policy, steps=stage.steps)
+    finish(context, plan.name, policy, recipe.model_of(stage), steps=stage.steps)
 
 
 def reference(context: Context, plan: GrpoPlan, resumed: "Found | None") -> str | None:

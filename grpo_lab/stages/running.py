@@ -10,10 +10,10 @@ from typing import Any
 
 from grpo_lab.engines.learner import Learner
 from grpo_lab.errors import StopRequested
-from grpo_lab.policy.load import write_policy
+from grpo_lab.policy.load import write_checked
 from grpo_lab.policy.trainable import learned, parameter_count, restore, state
 from grpo_lab.recipe import Recipe
-from grpo_lab.recipe.schema import Checkpoint, Evaluation
+from grpo_lab.recipe.schema import Checkpoint, Evaluation, Model
 from grpo_lab.tracking.checkpoints import load_latest, optimizer_state, optimizer_tensors, save_checkpoint
 from grpo_lab.tracking.files import write_json
 from grpo_lab.tracking.folders import save_folder_atomic
@@ -149,7 +149,13 @@ def reporting(*callbacks: Callback) -> Callback:
     return report
 
 
-def finish(context: Context, policy: Policy, *, steps: int) -> None:
-    """Write `final/`, then `result.json`, whose presence says that the stage is done."""
-    save_folder_atomic(context.folder.final, lambda folder: write_policy(policy, folder))
+def finish(context: Context, name: str, policy: Policy, model: Model, *, steps: int) -> None:
+    """Write `final/`, see that it is the policy, then write `result.json`, whose presence says that the stage is done.
+
+    `model` is the model block as it holds for the stage.
+    """
+    gaps: list[float] = []
+    save_folder_atomic(context.folder.final, lambda folder: gaps.append(write_checked(policy, folder, model)))
     write_json(context.folder.result, {"steps": steps})
+    message = f"saved {context.folder.final}; loaded again, its logits differ by {gaps[0]:.2g} of the largest"
+    context.sinks.event(name, steps, "info", message, {})

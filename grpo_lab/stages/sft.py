@@ -61,7 +61,7 @@ def run_sft(context: Context, plan: SftPlan) -> None:
         metrics = sft_metrics(loss=result.loss, grad_norm=result.grad_norm, learning_rate=result.learning_rate)
         timing = clock.report(completions=batch.num_rows, tokens=int(batch.completion_mask.sum()))
         report(StepEnd(plan.name, step + 1, stage.steps, metrics, timing))
-    finish(context, policy, steps=stage.steps)
+    finish(context, plan.name, policy, model, steps=stage.steps)
 
 
 def training_batch(rows: Sequence[TrainingRow], policy: Policy) -> Batch:
