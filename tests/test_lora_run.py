@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from grpo_lab.errors import RecipeError
+from grpo_lab.errors import CheckpointError, RecipeError
 from grpo_lab.pipeline import train_recipe
 from grpo_lab.recipe import load, load_recipe, resolved_yaml
 from grpo_lab.tracking.files import read_json, read_jsonl
@@ -222,3 +222,72 @@ def test_a_stage_takes_from_the_recipe_s_model_what_it_does_not_say(tmp_path):
     (tmp_path / "z.yaml").write_text(text.replace("{lora: {r: 2, alpha: 4}}", "{lora: {r: 2}, quantization: null}"))
     recipe = load_recipe(tmp_path / "z.yaml")
     assert recipe.model_of(recipe.stages["fresh"]).quantization is None
+
+
+@pytest.fixture(scope="module")
+def quantized(tmp_path_factory) -> Path:
+    """A run whose GRPO stage learns an adapter beside 4-bit weights, with an optimiser whose state is in 8 bits."""
+    pytest.importorskip("bitsandbytes", reason="4-bit weights need bitsandbytes")
+    folder = tmp_path_factory.mktemp("world")
+    text = RECIPE[: RECIPE.index("  warm:")].replace(
+        "hidden_size: 16, intermediate_size: 32", "hidden_size: 64, intermediate_size: 128"
+    )
+    text = text.replace("lora: {r: 2, alpha: 4}}", "lora: {r: 64, alpha: 64}, quantization: {}}")
+    text = text.replace(
+        "algorithm: {beta: 0.04, num_iterations: 2, reference_refresh: {every: 2}}", "algorithm: {beta: 0.04}"
+    )
+    head, _, tail = text.rpartition("optimizer: {learning_rate")
+    (folder / "recipe.yaml").write_text(head + "optimizer: {name: paged_adamw_8bit, learning_rate" + tail)
+    (folder / "odd.py").write_text(PLUGIN)
+    return train(folder)
+
+
+def test_a_quantized_run_resumes_to_the_same_bytes_and_final_says_how_it_was_quantized(quantized, tmp_path):
+    lines = read_jsonl(quantized / "fresh" / "metrics.jsonl")
+    assert (lines[0]["kl"], lines[-1]["kl"] > 1e-6) == (0, True)
+    final = quantized / "fresh" / "final"
+    assert read_json(final / "quantization.json") == {"type": "nf4", "double_quant": True, "compute_dtype": None}
+    kinds = {
+        tensor.dtype
+        for tensor in load_file(quantized / "fresh" / "checkpoints" / "step-000004" / "optimizer.safetensors").values()
+    }
+    assert torch.uint8 in kinds
+    whole = content(quantized)
+    shutil.rmtree(final)
+    (quantized / "fresh" / "result.json").unlink()
+    for step in (3, 4):
+        shutil.rmtree(quantized / "fresh" / "checkpoints" / f"step-00000{step}")
+    train(quantized.parent.parent)
+    assert content(quantized) == whole
+
+
+def test_final_is_called_saved_after_it_was_loaded_again(run):
+    last = read_jsonl(run / "warm" / "events.jsonl")[-1]["message"]
+    assert last == f"saved {run / 'warm' / 'final'}; loaded again, its logits differ by 0 of the largest"
+
+
+def test_a_model_that_is_written_wrongly_is_not_saved(run, tmp_path, monkeypatch):
+    """E1: corrupt adapter keys on save."""
+    import grpo_lab.policy.load as module
+
+    kept = tmp_path / "kept"
+    shutil.copytree(run, kept)
+    write = module.write_policy
+
+    def corrupted(policy, folder, quantization=None):
+        write(policy, folder, quantization)
+        weights = load_file(folder / "adapter_model.safetensors")
+        first = next(name for name in sorted(weights) if "lora_B" in name)
+        save_file({**weights, first: weights[first] + 1}, folder / "adapter_model.safetensors")
+
+    try:
+        shutil.rmtree(run / "warm" / "final")
+        (run / "warm" / "result.json").unlink()
+        monkeypatch.setattr(module, "write_policy", corrupted)
+        with pytest.raises(CheckpointError, match="the model that was written is not the model: its logits differ by"):
+            train(run.parent.parent)
+        assert not (run / "warm" / "final").exists()
+        assert not (run / "warm" / "result.json").exists()
+    finally:
+        shutil.rmtree(run)
+        shutil.move(kept, run)
