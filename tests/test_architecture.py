@@ -20,7 +20,7 @@ FLOORS = [
     {"batching", "evaluate"},
     {"engines"},
     {"stages"},
-    {"assemble", "pipeline", "inspection", "summary"},
+    {"assemble", "pipeline", "inspection", "summary", "finished"},
     {"compare"},
     {"commands", "cli"},
 ]
