@@ -31,9 +31,9 @@ def run(request, tmp_path_factory, toy_text):
             "model.config.hidden_size=64",
             "stages.warm_start.steps=2",
             "stages.grpo.steps=2",
-            "stages.grpo.optimizer.learning_rate=0.1",
+            "stages.grpo.optimizer.learning_rate=0.05",
             "stages.grpo.rewards=[{name: length, options: {target: 3, unit: characters}}]",
-            f"stages.grpo.model={{lora: {{r: 2}}, quantization: {request.param}}}",
+            f"stages.grpo.model={{lora: {{r: 2, alpha: 2}}, quantization: {request.param}}}",
         ],
     )
     return train_recipe(loaded, toy_text, go_on=False, console=Console(file=io.StringIO()), quiet=True)
