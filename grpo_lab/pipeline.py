@@ -1,5 +1,6 @@
 """A run from its recipe to its last stage: the folder, the stages in order, and how it ended."""
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,10 +26,11 @@ from grpo_lab.tracking.wandb import WandbSink
 
 def quiet_libraries() -> None:
     """Keep other libraries' progress bars off the terminal; ours shows what matters."""
-    from transformers.utils import logging
+    from transformers.utils import logging as transformers_logging
 
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it misses a package that it does not need
 
 
 def train_recipe(loaded: LoadedRecipe, recipe_text: str, *, go_on: bool, console: Console, quiet: bool) -> Path:
