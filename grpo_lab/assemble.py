@@ -19,7 +19,7 @@ from grpo_lab.data.examples import (
 )
 from grpo_lab.data.sources import Rows, load_rows
 from grpo_lab.data.stream import Mapped, PromptStream, Stream
-from grpo_lab.data.tokenizer import build_tokenizer
+from grpo_lab.data.tokenizer import build_tokenizer, with_chatml
 from grpo_lab.engines.trl_config import require_trl, unsupported
 from grpo_lab.errors import RecipeError
 from grpo_lab.policy.load import context_length, eos_ids, generation_config, load_tokenizer, model_config
@@ -179,7 +179,7 @@ class Builder:
     def _grpo(self, name: str, stage: GrpoStage, loc: Loc) -> GrpoPlan | None:
         if stage.engine == "trl":
             require_trl()
-            for key, problem in unsupported(stage):
+            for key, problem in unsupported(stage, self.recipe.model_of(stage)):
                 self.found.add((*loc, *key), problem)
         examples = self._examples(stage, stage.data, loc)
         held_out: Sequence[Example] = ()
@@ -214,7 +214,8 @@ class Builder:
 def make_tokenizer(recipe: Recipe, rows: dict[Loc, Rows], folder: Path | None) -> Any:
     """The tokenizer: from the run's folder, the recipe's path, or trained on the first stage's data."""
     if folder is not None or not isinstance(recipe.model.tokenizer, TokenizerBuild):
-        return load_tokenizer(recipe.model, folder)
+        tokenizer = load_tokenizer(recipe.model, folder)
+        return with_chatml(tokenizer) if recipe.model.chat_template == "chatml" else tokenizer
     name, stage = next(iter(recipe.stages.items()))
     settings = recipe.model.tokenizer
     return build_tokenizer(

@@ -132,6 +132,54 @@ def compare(
     commands.compare_runs(targets, picture=picture, as_json=as_json)
 
 
+Run = Annotated[Path, typer.Argument(help="a run's folder")]
+Stage = Annotated[str | None, typer.Option(help="which stage; the last one if not given")]
+
+
+@app.command()
+def export(
+    run: Run,
+    to: Annotated[Path | None, typer.Option(help="a new folder; beside the run if not given")] = None,
+    stage: Stage = None,
+    merge: Annotated[bool, typer.Option("--merge", help="an adapter into the weights it was learnt beside")] = False,
+    dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16; the recipe's if not given")] = None,
+    gguf: Annotated[bool, typer.Option("--gguf", help="also one GGUF file, by llama.cpp's converter")] = False,
+    as_json: Json = False,
+) -> None:
+    """Write a run's model for others: checked against the run's own logits."""
+    from grpo_lab import commands
+
+    commands.export(run, to=to, stage=stage, merge=merge, dtype=dtype, gguf=gguf, as_json=as_json)
+
+
+@app.command()
+def sample(
+    run: Run,
+    prompt: Annotated[str, typer.Argument(help="what to ask")],
+    stage: Stage = None,
+    count: Annotated[int, typer.Option(min=1, help="answers; one is greedy, more are sampled")] = 1,
+    both: Annotated[bool, typer.Option("--compare", help="also the model that the stage began with")] = False,
+    seed: Annotated[int, typer.Option(help="of the sampled answers")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Ask a run's model."""
+    from grpo_lab import commands
+
+    commands.sample(run, prompt, stage=stage, count=count, both=both, seed=seed, as_json=as_json)
+
+
+@app.command()
+def chat(
+    run: Run,
+    stage: Stage = None,
+    both: Annotated[bool, typer.Option("--compare", help="also the model that the stage began with")] = False,
+) -> None:
+    """Talk to a run's model, line by line; an empty line or Ctrl-D ends it."""
+    from grpo_lab import commands
+
+    commands.chat(run, stage=stage, both=both)
+
+
 @recipes_app.command("ls")
 def list_recipes(as_json: Json = False) -> None:
     """List the shipped recipes."""

@@ -1,5 +1,6 @@
 """A run from its recipe to its last stage: the folder, the stages in order, and how it ended."""
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -28,10 +29,11 @@ from grpo_lab.tracking.wandb import WandbSink
 
 def quiet_libraries() -> None:
     """Keep other libraries' progress bars off the terminal; ours shows what matters."""
-    from transformers.utils import logging
+    from transformers.utils import logging as transformers_logging
 
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it misses a package that it does not need
 
 
 def train_recipe(loaded: LoadedRecipe, recipe_text: str, *, go_on: bool, console: Console, quiet: bool) -> Path:
@@ -75,9 +77,11 @@ def train_recipe(loaded: LoadedRecipe, recipe_text: str, *, go_on: bool, console
 
 
 def _run_stages(plan: Plan, run: RunFolder, files: JsonlSink, sinks: Sinks, stop: StopSignal) -> None:
-    """Each stage starts from the one before; the first from the recipe's model."""
-    start = _base(plan, run)
+    """Each stage starts from what it names: the one before, an earlier one, or the recipe's model."""
+    base = _base(plan, run)
+    starts = {"base": base, "previous": base}
     for stage in plan.stages:
+        start = starts[stage.stage.start_from]
         folder = run.stage(stage.name)
         if folder.result.exists():
             verify_folder(folder.final)
@@ -93,7 +97,7 @@ def _run_stages(plan: Plan, run: RunFolder, files: JsonlSink, sinks: Sinks, stop
                     workers.log = folder.path / "rewards.log"
                     workers.start(stage.rewards.terms)
                     run_grpo(context, stage)
-        start = folder.final
+        starts["previous"] = starts[stage.name] = folder.final
 
 
 def _base(plan: Plan, run: RunFolder) -> Path | None:
@@ -104,7 +108,8 @@ def _base(plan: Plan, run: RunFolder) -> Path | None:
     if base.exists():
         verify_folder(base)
     else:
-        policy = load_policy(plan.recipe.model, plan.tokenizer, seed=plan.recipe.seed)
+        whole = plan.recipe.model.model_copy(update={"lora": None, "quantization": None})
+        policy = load_policy(whole, plan.tokenizer, seed=plan.recipe.seed)
         save_folder_atomic(base, lambda folder: write_policy(policy, folder))
     return base
 

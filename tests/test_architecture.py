@@ -21,7 +21,7 @@ FLOORS = [
     {"batching", "evaluate"},
     {"engines"},
     {"stages"},
-    {"assemble", "pipeline", "inspection", "summary"},
+    {"assemble", "pipeline", "inspection", "summary", "finished"},
     {"compare", "bench"},
     {"commands", "cli"},
 ]

@@ -84,19 +84,23 @@ def test_away_from_a_terminal_every_step_is_one_plain_line_on_standard_error(cli
     ran = cli("train", toy_recipe, *SHORT)
     lines = ran.err.splitlines()
     assert [line.partition(":")[0] for line in lines] == [
+        "warm_start info at step 0",
         "warm_start evaluation after 0 steps",
         "warm_start 1/2",
         "warm_start 2/2",
         "warm_start evaluation after 2 steps",
+        "warm_start info at step 2",
+        "grpo info at step 0",
         "grpo evaluation after 0 steps",
         "grpo 1/2",
         "grpo 2/2",
         "grpo evaluation after 2 steps",
+        "grpo info at step 2",
     ]
     assert "\x1b" not in ran.err + ran.out
-    assert "reward " in lines[5]
-    assert "KL " in lines[5]
-    assert "tokens/s" in lines[5]
+    assert "reward " in lines[8]
+    assert "KL " in lines[8]
+    assert "tokens/s" in lines[8]
 
 
 def test_train_ends_with_the_table_three_answers_and_what_to_try_next(cli, toy_recipe, here):

@@ -39,7 +39,7 @@ CHECKPOINT = {"manifest.json", "model.safetensors", "optimizer.safetensors", "st
 
 
 def test_a_finished_run_holds_these_files_and_no_others(run):
-    logs = {"metrics.jsonl", "timing.jsonl", "result.json"}
+    logs = {"metrics.jsonl", "timing.jsonl", "events.jsonl", "result.json"}
     expected = {".lock", "run.json", "recipe.yaml", "resolved.yaml"}
     expected |= {f"base/{name}" for name in MODEL}
     for stage in ("warm_start", "grpo"):

@@ -49,15 +49,20 @@ def gradient_checks(one: Mapping[str, Tensor], other: Mapping[str, Tensor], *, g
         a, b = one[name].double().flatten(), tensor.double().flatten()
         difference = float((a - b).norm()) / whole if whole > 0 else float((a - b).norm())
         if not difference <= share:
-            share, worst = difference, name
+            share, worst = difference, short(name)
         if float(b.norm()) > MATTERS * whole:
             angle = 1 - float(torch.nn.functional.cosine_similarity(a, b, dim=0))
             if not angle <= turned:
-                turned, turned_at = angle, name
+                turned, turned_at = angle, short(name)
     return [
         Check("gradient", share, gate, f"norm {whole:.3g}; worst: {worst}" if worst else f"norm {whole:.3g}"),
         Check("gradient 1 - cosine", turned, 1e-5, f"worst: {turned_at}" if turned_at else ""),
     ]
+
+
+def short(name: str) -> str:
+    """A parameter's name without what peft puts around it."""
+    return name.removeprefix("base_model.model.").replace(".default.", ".")
 
 
 def worst_of(checks: Sequence[Check]) -> Check:

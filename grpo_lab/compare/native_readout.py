@@ -91,7 +91,7 @@ def direct(model: nn.Module, batch: Batch, stage: GrpoStage) -> tuple[float, dic
 
 def read_out(policy: Policy, reference: Policy | None, rollouts: Rollouts, stage: GrpoStage, *, rounds: int) -> Readout:
     """Train a copy of the policy on the recorded batch `rounds` times and read out everything."""
-    trained = replace(policy, model=copy.deepcopy(policy.model).requires_grad_(True))
+    trained = replace(policy, model=copy.deepcopy(policy.model))
     learn_without_dropout(trained.model)
     steps = rounds * stage.algorithm.num_iterations * stage.algorithm.num_minibatches
     forward = policy_forward(trained.model, stage)

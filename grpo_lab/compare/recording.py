@@ -18,6 +18,7 @@ from grpo_lab.types import Completion, Example, Group, Policy, Scores
 REFERENCE_SPREAD = 0.2  # noise on every weight of the reference, as a share of the tensor's own std
 OLD_SPREAD = 0.3  # noise on every old log-prob (or on a completion's sum), in nats: ratios from about 0.4 to 2.5
 LONGEST_PRODUCT = 12  # tokens, where their log-probs are summed: float32 sums of more are off by the gates' own size
+ADAPTER_SPREAD = 0.05  # noise on every weight of a fresh adapter
 REWARD_LEVELS = (0.0, 0.25, 0.5, 1.0)
 
 
@@ -54,14 +55,27 @@ def record(
 
 
 def perturbed(policy: Policy, seed: int) -> Policy:
-    """Another policy near this one, frozen."""
+    """Another policy near this one, frozen; beside an adapter only the adapter is another."""
     other = frozen_copy(policy)
+    shared = {id(parameter) for parameter in policy.model.parameters()}
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in other.model.parameters():
+            if id(parameter) in shared:
+                continue
             noise = torch.randn(parameter.shape, generator=generator).to(parameter)
             parameter += REFERENCE_SPREAD * parameter.std(correction=0) * noise
     return other
+
+
+@torch.no_grad()
+def with_learnt_adapter(policy: Policy, seed: int) -> Policy:
+    """The policy as if its adapter had learnt something: a fresh one is 0, and so would be half of its gradients."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in policy.model.parameters():
+        if parameter.requires_grad:
+            parameter += ADAPTER_SPREAD * torch.randn(parameter.shape, generator=generator).to(parameter)
+    return policy
 
 
 def uneven(policy: Policy, examples: list[Example], stage: GrpoStage, *, seed: int) -> list[Group]:

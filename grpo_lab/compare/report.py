@@ -11,6 +11,7 @@ from rich.table import Table
 from grpo_lab.assemble import Plan
 from grpo_lab.compare.gates import Check, as_json, first_failure, new_table, table
 from grpo_lab.compare.parity import CASES, SHEET, Case, Parity, compare, partner, position_gap
+from grpo_lab.compare.recording import with_learnt_adapter
 from grpo_lab.compare.self_check import self_check
 from grpo_lab.engines.trl_config import differences
 from grpo_lab.errors import RecipeError, UsageError
@@ -18,6 +19,7 @@ from grpo_lab.policy.load import load_policy
 from grpo_lab.recipe.presets import PRESETS
 from grpo_lab.recipe.schema import Algorithm, GrpoStage
 from grpo_lab.scoring import RewardSet, bind
+from grpo_lab.seeds import derive_seed
 from grpo_lab.stages.plan import GrpoPlan
 from grpo_lab.types import Example, Policy
 
@@ -63,8 +65,11 @@ def subject(plan: Plan, name: str | None, num_prompts: int) -> Subject:
     parts = found.stage.algorithm.num_minibatches
     if num_prompts % parts:
         raise UsageError(f"--prompts {num_prompts}: must be a multiple of algorithm.num_minibatches ({parts})")
-    model = plan.recipe.model.model_copy(update={"dtype": "float32", "gradient_checkpointing": False})
+    exact = {"dtype": "float32", "gradient_checkpointing": False, "quantization": None}
+    model = plan.recipe.model_of(found.stage).model_copy(update=exact)
     policy = load_policy(model, plan.tokenizer, seed=plan.recipe.seed)
+    if model.lora is not None:
+        policy = with_learnt_adapter(policy, derive_seed(plan.recipe.seed, "adapter noise"))
     examples: list[Example] = []
     while len(examples) < num_prompts:  # small data sets are gone round again
         examples += found.prompts.at(len(examples) // found.stage.prompts_per_step)

@@ -1,11 +1,13 @@
 """A small tokenizer of one's own, for models that are trained from nothing."""
 
 from collections.abc import Iterable
+from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from grpo_lab.data.chat import CHATML
+from grpo_lab.errors import RecipeError
 
 PAD, TURN_START, TURN_END = "<|pad|>", "<|im_start|>", "<|im_end|>"
 ROLES = "system\nuser\nassistant\n"  # the template writes them in every prompt, so they are worth tokens
@@ -47,3 +49,18 @@ def build_tokenizer(texts: Iterable[str], *, vocab_size: int, split_digits: bool
         clean_up_tokenization_spaces=False,
         chat_template=CHATML,
     )
+
+
+def with_chatml(tokenizer: Any) -> Any:
+    """A pretrained tokenizer with the ChatML template, changed in place: a turn's end ends an answer.
+
+    Raises:
+        RecipeError: its vocabulary has no such token.
+    """
+    if TURN_END not in tokenizer.get_vocab():
+        raise RecipeError(
+            f'model.chat_template: chatml ends turns with "{TURN_END}", which is no token of {tokenizer.name_or_path}'
+        )
+    tokenizer.chat_template = CHATML
+    tokenizer.eos_token = TURN_END
+    return tokenizer

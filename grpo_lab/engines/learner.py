@@ -46,6 +46,10 @@ def make_optimizer(model: nn.Module, settings: Optimizer) -> torch.optim.Optimiz
     groups = [group for group in groups if group["params"]]
     if settings.name == "sgd":
         return torch.optim.SGD(groups, lr=settings.learning_rate, momentum=settings.momentum)
+    if settings.name != "adamw":
+        from grpo_lab.policy.quantization import adamw_8bit  # needs bitsandbytes
+
+        return adamw_8bit(groups, settings)
     return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=settings.betas, eps=settings.epsilon, fused=True)
 
 

@@ -71,7 +71,8 @@ def make_trainer(
     rollouts, guard = Rollouts(parts), UpdateGuard()
     follower = Follower(parts, rollouts, guard, report)
     network: Any = parts.policy.model
-    network.config.name_or_path = parts.reference or network.config.name_or_path
+    if model.lora is None:  # beside an adapter TRL keeps a copy of it, and no second model
+        network.config.name_or_path = parts.reference or network.config.name_or_path
     switch_dropout_off(network)
     optimizer = make_optimizer(network, parts.stage.optimizer)
     updates = parts.stage.steps * sizes(parts.stage).updates

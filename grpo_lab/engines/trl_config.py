@@ -83,6 +83,7 @@ SHARED: Mapping[str, str] = {
     "kind": "chooses the stage",
     "engine": "chooses this engine",
     "data": "the prompt stream",
+    "start_from": "the pipeline",
     "rewards": "RewardSet, which TRL asks through one function per term",
     "max_failed_rewards": "check_budget",
     "reward_workers": "Workers, which RewardSet asks",
@@ -160,13 +161,28 @@ REFUSED: Mapping[str, Refusal] = {
 }
 
 
-def unsupported(stage: GrpoStage) -> list[tuple[tuple[str, ...], str]]:
-    """What TRL cannot do of a stage: each key's place inside the stage, and a message with the remedy."""
-    return [
-        (tuple(key.split(".")), f'engine "trl": {message}')
-        for key, (is_refused, message) in REFUSED.items()
-        if is_refused(stage)
-    ]
+def unsupported(stage: GrpoStage, model: Model | None = None) -> list[tuple[tuple[str, ...], str]]:
+    """What TRL cannot do of a stage: each key's place inside the stage, and a message with the remedy.
+
+    `model` is the model block as it holds for the stage; None leaves out what depends on it.
+    """
+    found = [(key, message) for key, (is_refused, message) in REFUSED.items() if is_refused(stage)]
+    if model is not None and model.quantization is not None:
+        found.append(
+            (
+                "model.quantization",
+                "TRL turns the adapter of a quantized model to bfloat16, whatever the recipe says; set engine: native",
+            )
+        )
+    if model is not None and model.lora is not None and stage.algorithm.reference_refresh is not None:
+        found.append(
+            (
+                "algorithm.reference_refresh",
+                "TRL moves a separate reference model only, and beside an adapter there is none; leave it out or set "
+                "engine: native",
+            )
+        )
+    return [(tuple(key.split(".")), f'engine "trl": {message}') for key, message in found]
 
 
 def scheduled(stage: GrpoStage) -> frozenset[str]:

@@ -25,6 +25,7 @@ from grpo_lab.algorithm.advantages import has_signal
 from grpo_lab.engines.readout import Readout, Rollouts, StepReadout, copied, gradients_of
 from grpo_lab.engines.trl_config import VERSION, arguments, is_rloo, unsupported
 from grpo_lab.errors import RecipeError, SetupError
+from grpo_lab.policy.trainable import learned
 from grpo_lab.recipe.schema import GrpoStage, Model
 from grpo_lab.types import Group, Policy
 
@@ -121,11 +122,14 @@ def read_out(policy: Policy, reference: Policy | None, rollouts: Rollouts, stage
         SetupError: another TRL is installed than the one whose private parts are known here.
     """
     check_version(trl.__version__)
-    model = copy.deepcopy(policy.model).requires_grad_(True)
+    model = copy.deepcopy(policy.model)
+    names = learned(model)  # of an adapter; None where everything learns
     steps = rounds * stage.algorithm.num_iterations * stage.algorithm.num_minibatches
     # libraries warn each other of what they will rename
     with tempfile.TemporaryDirectory() as folder, in_recorded_order(), warnings.catch_warnings(action="ignore"):
-        if reference is not None:  # TRL loads the reference from where the policy's config says that it came from
+        if (
+            reference is not None and names is None
+        ):  # TRL loads the reference from where the policy's config says that it came from
             reference.model.save_pretrained(folder)
             model.config._name_or_path = folder
         optimizer = torch.optim.SGD(model.parameters(), lr=stage.optimizer.learning_rate)
@@ -141,10 +145,14 @@ def read_out(policy: Policy, reference: Policy | None, rollouts: Rollouts, stage
             optimizers=(optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)),
         )
         probe.remove_callback(PrinterCallback)
+        if reference is not None and names is not None:  # TRL keeps a copy of the adapter under another name
+            for name in names:
+                model.get_parameter(name.replace(".default.", ".ref.")).data.copy_(reference.model.get_parameter(name))
         gradients: list[dict[str, Tensor]] = []
         optimizer.register_step_pre_hook(lambda *_: gradients.append(gradients_of(model)))
         probe.train()
-    return readout_of(probe, gradients, copied(dict(model.named_parameters())))
+    own = dict(policy.model.named_parameters())
+    return readout_of(probe, gradients, copied({name: p for name, p in model.named_parameters() if name in own}))
 
 
 def check_version(found: str) -> None:

@@ -147,8 +147,13 @@ def completion_logps(
 
 
 def frozen_copy(policy: Policy) -> Policy:
-    """The reference: the policy as it is now, frozen. Taken once, when the stage begins."""
-    model = copy.deepcopy(policy.model).eval().requires_grad_(False)
+    """The reference: the policy as it is now, frozen. Taken once, when the stage begins.
+
+    What does not learn is shared with the policy, so beside an adapter only the adapter is copied. A copy of a fresh
+    adapter changes nothing: the reference is then the model without it.
+    """
+    shared = {id(parameter): parameter for parameter in policy.model.parameters() if not parameter.requires_grad}
+    model = copy.deepcopy(policy.model, shared).eval().requires_grad_(False)
     return Policy(model, policy.tokenizer, policy.eos_ids, policy.pad_id, policy.context_length)
 
 
@@ -167,7 +172,8 @@ def refresh_reference(reference: Policy, policy: Policy, *, alpha: float) -> Non
     Alignment" (arXiv:2404.09656).
     """
     for mine, theirs in zip(reference.model.parameters(), policy.model.parameters(), strict=True):
-        mine.copy_(alpha * theirs.float() + (1 - alpha) * mine.float())
+        if mine is not theirs:  # beside an adapter all else is shared
+            mine.copy_(alpha * theirs.float() + (1 - alpha) * mine.float())
 
 
 def learn_without_dropout(model: nn.Module) -> None:

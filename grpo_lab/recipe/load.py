@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from grpo_lab.errors import RecipeError
 from grpo_lab.recipe.problems import SourceMap, schema_problems
-from grpo_lab.recipe.schema import Recipe
+from grpo_lab.recipe.schema import Recipe, StageModel
 from grpo_lab.recipe.yaml_loader import MAX_BYTES, Loc, Node, Place, format_loc, parse_yaml, resolve_scalar, shorten
 
 _COMMAND_LINE_RANK = sys.maxsize
@@ -39,6 +39,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> LoadedRecipe:
     """Like `load_recipe`, and remembers where every value was written."""
     root = _with_overrides(_read_with_parents(Path(path)), overrides)
     root = _with_absolute_paths(root, folder=os.path.abspath(Path(path).parent))
+    root = _with_stage_models(root)
     sources = SourceMap(root)
     try:
         # As json, because pydantic's strict mode then takes a list for a tuple but still no text for a number.
@@ -215,6 +216,20 @@ def _with_absolute_paths(root: Node, *, folder: str) -> Node:
             root = _change(root, ("plugins", index), _absolute)
     for key in ("path", "tokenizer", "chat_template"):
         root = _change(root, ("model", key), _absolute_if_it_looks_like_a_path)
+    return root
+
+
+def _with_stage_models(root: Node) -> Node:
+    """A stage's model block gets what it does not say from the recipe's."""
+    model, stages = root.child("model"), root.child("stages")
+    if model is None or stages is None or not isinstance(stages.value, dict):
+        return root
+    for name, stage in stages.value.items():
+        own = stage.child("model")
+        for key in StageModel.model_fields:
+            above = model.child(key)
+            if own is not None and isinstance(own.value, dict) and own.child(key) is None and above is not None:
+                root = _put(root, ("stages", name, "model", key), above, ())
     return root
 
 

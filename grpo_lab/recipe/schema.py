@@ -4,7 +4,7 @@ A recipe is yaml; `load.py` reads it, this file checks it, and nothing later inv
 """
 
 from math import inf
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -31,6 +31,49 @@ class TokenizerBuild(Block):
     """Whether every digit is a token of its own, which helps arithmetic."""
 
 
+class Lora(Block):
+    """Learn low-rank updates beside frozen weights (LoRA, arXiv:2106.09685) through peft."""
+
+    r: PositiveInt = 16
+    """The rank of an update."""
+    alpha: PositiveInt = 32
+    """An update is scaled by alpha / r."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Dropout before an update, in supervised stages; GRPO learns without."""
+    bias: Literal["none", "all", "lora_only"] = "none"
+    """Which biases of the model learn too."""
+    target_modules: Literal["all-linear"] | list[str] = "all-linear"
+    """The layers with an update: names as in the model, or every linear layer but the output head."""
+    rslora: bool = False
+    """Scale by alpha / sqrt(r) (rsLoRA, arXiv:2312.03732)."""
+    dora: bool = False
+    """Learn the size of every output beside its direction (DoRA, arXiv:2402.09353)."""
+
+
+class Quantization(Block):
+    """Keep the frozen weights in 4 bits (bitsandbytes); they cannot learn, so this goes with `lora`."""
+
+    type: Literal["nf4", "fp4"] = "nf4"
+    """The 16 values that a weight may take, before scaling: of a normal distribution, or floating-point."""
+    double_quant: bool = True
+    """Quantize the scales as well."""
+    compute_dtype: Literal["float32", "bfloat16"] | None = None
+    """The type of the products; null = the model's dtype."""
+
+
+class StageModel(Block):
+    """What a stage changes of the recipe's model block; the loader fills what is not written from there."""
+
+    lora: Lora | None = None
+    """Learn an adapter; null = all weights. An adapter that the stage starts from goes on, if its settings are these."""
+    quantization: Quantization | None = None
+    """Keep the frozen weights in 4 bits; null = not."""
+
+    @model_validator(mode="after")
+    def _quantized_weights_do_not_learn(self) -> "StageModel":
+        return quantized_with_lora(self)
+
+
 class Model(Block):
     """The policy: a pretrained model (`path`) or a new one (`config` with `tokenizer`)."""
 
@@ -52,6 +95,10 @@ class Model(Block):
     """Recompute activations in the backward pass: less memory, about a third more time."""
     trust_remote_code: bool = False
     """Whether Python code that lies in the model's repository may run."""
+    lora: Lora | None = None
+    """Learn an adapter instead of all weights; a stage may say otherwise."""
+    quantization: Quantization | None = None
+    """Keep the frozen weights in 4 bits; a stage may say otherwise."""
 
     @model_validator(mode="after")
     def _one_origin(self) -> "Model":
@@ -61,7 +108,17 @@ class Model(Block):
             raise ValueError("a model made from config needs a tokenizer: a path, or {vocab_size: ...} to build one")
         if self.config is not None and "model_type" not in self.config:
             raise ValueError("config needs model_type, for example llama or qwen2")
-        return self
+        return quantized_with_lora(self)
+
+
+M = TypeVar("M", Model, StageModel)
+
+
+def quantized_with_lora(block: M) -> M:
+    """Refuse 4-bit weights without an adapter."""
+    if block.quantization is not None and block.lora is None:
+        raise ValueError("quantization: weights in 4 bits cannot learn; add lora, or set quantization: null")
+    return block
 
 
 class Answer(Block):
@@ -294,8 +351,8 @@ class Algorithm(Block):
 class Optimizer(Block):
     """How weights move."""
 
-    name: Literal["adamw", "sgd"] = "adamw"
-    """The optimiser."""
+    name: Literal["adamw", "sgd", "adamw_8bit", "paged_adamw_8bit"] = "adamw"
+    """The optimiser. 8bit: AdamW with its state in 8 bits (bitsandbytes); paged: the state may move to main memory."""
     learning_rate: Annotated[float, Field(gt=0)]
     """The peak learning rate."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
@@ -337,6 +394,10 @@ class Evaluation(Block):
 class StageBase(Block):
     data: Data
     """What the stage learns from."""
+    start_from: StageName = "previous"
+    """The weights to begin with: the stage before, the recipe's model (`base`), or an earlier stage by name."""
+    model: StageModel | None = None
+    """What this stage changes of the model; null = nothing."""
     steps: PositiveInt
     """Steps of the stage."""
     micro_batch_size: PositiveInt | None = None
@@ -478,3 +539,18 @@ class Recipe(Block):
     """The stages, in order; the key is the stage's name and folder."""
     tracking: Tracking = Tracking()
     """What is written beside the metrics."""
+
+    @model_validator(mode="after")
+    def _stages_start_from_earlier_ones(self) -> "Recipe":
+        earlier = ["previous", "base"]
+        for name, stage in self.stages.items():
+            if name in ("previous", "base"):
+                raise ValueError(f'stages.{name}: "{name}" has a meaning in start_from; give the stage another name')
+            if stage.start_from not in earlier:
+                raise ValueError(f'stages.{name}.start_from: "{stage.start_from}" is none of {", ".join(earlier)}')
+            earlier.append(name)
+        return self
+
+    def model_of(self, stage: SftStage | GrpoStage) -> Model:
+        """The model block as it holds for a stage."""
+        return self.model if stage.model is None else self.model.model_copy(update=dict(stage.model))

@@ -20,6 +20,7 @@ from grpo_lab.stages.running import (
     reporting,
     resume,
     say_notes,
+    say_what_learns,
     saying_halved,
     saying_plain,
 )
@@ -34,7 +35,7 @@ def run_grpo(context: Context, plan: GrpoPlan) -> None:
         run_grpo_trl(context, plan)
         return
     stage, recipe = plan.stage, context.recipe
-    policy = load_policy(recipe.model, context.tokenizer, seed=recipe.seed, folder=context.start)
+    policy = load_policy(recipe.model_of(stage), context.tokenizer, seed=recipe.seed, folder=context.start)
     reference = frozen_copy(policy) if stage.algorithm.beta > 0 else None  # before resume: as the stage began
     forward = PolicyForward(
         policy.model,
@@ -50,6 +51,9 @@ def run_grpo(context: Context, plan: GrpoPlan) -> None:
     moving = reference if stage.algorithm.reference_refresh is not None else None
     start = resume(context, plan.name, policy, learner, moving_reference=moving, rewards=plan.rewards)
     say_notes(context, plan.name, start, plan.rewards)
+
+    if start == 0:
+        say_what_learns(context, plan.name, policy)
 
     def measure(step: int) -> None:
         result = measure_policy(policy, plan, seed=recipe.seed)
@@ -80,7 +84,7 @@ def run_grpo(context: Context, plan: GrpoPlan) -> None:
         checkpointing(context, policy, learner, stage.checkpoint, moving_reference=moving, rewards=plan.rewards),
     )
     train(parts, start=start, report=report)
-    finish(context, policy, steps=stage.steps)
+    finish(context, plan.name, policy, recipe.model_of(stage), steps=stage.steps)
 
 
 def refreshing(settings: ReferenceRefresh | None, policy: Policy, reference: Policy | None) -> Callback:

@@ -18,7 +18,7 @@ from grpo_lab.sampling.decoding import Decoding
 from grpo_lab.stages.advice import Advice
 from grpo_lab.stages.grpo import measure_policy
 from grpo_lab.stages.plan import GrpoPlan
-from grpo_lab.stages.running import Context, admitting, evaluating, finish, reporting, say_notes
+from grpo_lab.stages.running import Context, admitting, evaluating, finish, reporting, say_notes, say_what_learns
 from grpo_lab.tracking.files import disk_errors, read_json, write_json
 from grpo_lab.tracking.folders import MANIFEST, is_complete, seal_folder, verify_folder
 
@@ -28,7 +28,7 @@ REWARDS = "rewards.json"  # in a checkpoint: the states of stateful rewards
 def run_grpo_trl(context: Context, plan: GrpoPlan) -> None:
     """Train the stage from where it stands to its end, and leave its final model."""
     stage, recipe = plan.stage, context.recipe
-    policy = load_policy(recipe.model, context.tokenizer, seed=recipe.seed, folder=context.start)
+    policy = load_policy(recipe.model_of(stage), context.tokenizer, seed=recipe.seed, folder=context.start)
     resumed = resume(context, plan)
     if resumed is not None:
         plan.rewards.load_state_dict(read_json(resumed.path / REWARDS))
@@ -38,6 +38,8 @@ def run_grpo_trl(context: Context, plan: GrpoPlan) -> None:
         result = measure_policy(policy, plan, seed=recipe.seed)
         context.sinks.evaluation(plan.name, step, result.metrics, result.rows)
 
+    if resumed is None:
+        say_what_learns(context, plan.name, policy)
     if resumed is None and stage.evaluation is not None:
         measure(0)
     backend = stage.sampling.backend
@@ -54,7 +56,7 @@ def run_grpo_trl(context: Context, plan: GrpoPlan) -> None:
     )
     train(
         parts,
-        recipe.model,
+        recipe.model_of(stage),
         output=context.folder.checkpoints,
         resume_from=resumed.path if resumed else None,
         report=reporting(
@@ -65,7 +67,7 @@ def run_grpo_trl(context: Context, plan: GrpoPlan) -> None:
         ),
         callbacks=[Saving(context, plan)],
     )
-    finish(context, policy, steps=stage.steps)
+    finish(context, plan.name, policy, recipe.model_of(stage), steps=stage.steps)
 
 
 def reference(context: Context, plan: GrpoPlan, resumed: "Found | None") -> str | None:

@@ -11,9 +11,10 @@ from typing import Any
 from grpo_lab.engines.learner import Learner
 from grpo_lab.errors import StopRequested
 from grpo_lab.policy.forward import PolicyForward
-from grpo_lab.policy.load import write_policy
+from grpo_lab.policy.load import write_checked
+from grpo_lab.policy.trainable import learned, parameter_count, restore, state
 from grpo_lab.recipe import Recipe
-from grpo_lab.recipe.schema import Checkpoint, Evaluation
+from grpo_lab.recipe.schema import Checkpoint, Evaluation, Model
 from grpo_lab.scoring import RewardSet
 from grpo_lab.tracking.checkpoints import load_latest, optimizer_state, optimizer_tensors, save_checkpoint
 from grpo_lab.tracking.files import write_json
@@ -87,9 +88,9 @@ def resume(
         return 0
     for problem in loaded.skipped:
         context.sinks.event(name, loaded.step, "warning", f"checkpoint left out: {problem}", {})
-    policy.model.load_state_dict(dict(loaded.tensors["model"]))
+    restore(policy.model, loaded.tensors["model"])
     if moving_reference is not None:
-        moving_reference.model.load_state_dict(dict(loaded.tensors["reference"]))
+        restore(moving_reference.model, loaded.tensors["reference"])
     learner.optimizer.load_state_dict(optimizer_state(loaded.tensors["optimizer"], loaded.state["optimizer"]))
     if rewards is not None:
         rewards.load_state_dict(loaded.state["rewards"])
@@ -97,6 +98,11 @@ def resume(
     learner.skipped_in_a_row = loaded.state["skipped_in_a_row"]
     context.sinks.event(name, loaded.step, "info", f"resumed from {loaded.path.name}", {})
     return loaded.step
+
+
+def say_what_learns(context: Context, name: str, policy: Policy) -> None:
+    """The number and share of parameters that learn, before the first step."""
+    context.sinks.event(name, 0, "info", parameter_count(policy.model), {})
 
 
 def checkpointing(
@@ -115,11 +121,12 @@ def checkpointing(
         if not (asked or end.step % settings.every == 0 or end.step == end.num_steps):
             return
         tensors, values = optimizer_tensors(learner.optimizer.state_dict())
-        moving = {} if moving_reference is None else {"reference": moving_reference.model.state_dict()}
+        names = learned(policy.model)
+        moving = {} if moving_reference is None else {"reference": state(moving_reference.model, names)}
         save_checkpoint(
             context.folder.checkpoints,
             step=end.step,
-            tensors={"model": policy.model.state_dict(), "optimizer": tensors, **moving},
+            tensors={"model": state(policy.model, names), "optimizer": tensors, **moving},
             state={
                 "optimizer": values,
                 "steps_done": learner.steps_done,
@@ -200,7 +207,13 @@ def reporting(*callbacks: Callback) -> Callback:
     return report
 
 
-def finish(context: Context, policy: Policy, *, steps: int) -> None:
-    """Write `final/`, then `result.json`, whose presence says that the stage is done."""
-    save_folder_atomic(context.folder.final, lambda folder: write_policy(policy, folder))
+def finish(context: Context, name: str, policy: Policy, model: Model, *, steps: int) -> None:
+    """Write `final/`, see that it is the policy, then write `result.json`, whose presence says that the stage is done.
+
+    `model` is the model block as it holds for the stage.
+    """
+    gaps: list[float] = []
+    save_folder_atomic(context.folder.final, lambda folder: gaps.append(write_checked(policy, folder, model)))
     write_json(context.folder.result, {"steps": steps})
+    message = f"saved {context.folder.final}; loaded again, its logits differ by {gaps[0]:.2g} of the largest"
+    context.sinks.event(name, steps, "info", message, {})

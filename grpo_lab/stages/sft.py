@@ -23,6 +23,7 @@ from grpo_lab.stages.running import (
     finish,
     reporting,
     resume,
+    say_what_learns,
     saying_halved,
     saying_plain,
 )
@@ -36,7 +37,8 @@ EVALUATION_ROWS = 64  # rows of one forward pass when nothing smaller is asked f
 def run_sft(context: Context, plan: SftPlan) -> None:
     """Train the stage from where it stands to its end, and leave its final model."""
     stage = plan.stage
-    policy = load_policy(context.recipe.model, context.tokenizer, seed=context.recipe.seed, folder=context.start)
+    model, seed = context.recipe.model_of(stage), context.recipe.seed
+    policy = load_policy(model, context.tokenizer, seed=seed, folder=context.start)
     forward = PolicyForward(policy.model, temperature=1.0)
     learner = Learner(
         forward,
@@ -45,6 +47,9 @@ def run_sft(context: Context, plan: SftPlan) -> None:
         micro_batch_size=stage.micro_batch_size,
     )
     start = resume(context, plan.name, policy, learner)
+
+    if start == 0:
+        say_what_learns(context, plan.name, policy)
 
     def measure(step: int) -> None:
         metrics = evaluation_loss(policy, plan.held_out, stage.micro_batch_size or EVALUATION_ROWS)
@@ -62,14 +67,14 @@ def run_sft(context: Context, plan: SftPlan) -> None:
     for step in range(start, stage.steps):
         clock = Stopwatch()
         policy.model.train()
-        torch.manual_seed(derive_seed(context.recipe.seed, plan.name, "dropout", step))
+        torch.manual_seed(derive_seed(seed, plan.name, "dropout", step))
         batch = training_batch(plan.rows.at(step), policy)
         result = learner.step(batch, negative_log_likelihood)
         clock.lap("learn")
         metrics = sft_metrics(loss=result.loss, grad_norm=result.grad_norm, learning_rate=result.learning_rate)
         timing = clock.report(completions=batch.num_rows, tokens=int(batch.completion_mask.sum()))
         report(StepEnd(plan.name, step + 1, stage.steps, metrics, timing))
-    finish(context, policy, steps=stage.steps)
+    finish(context, plan.name, policy, model, steps=stage.steps)
 
 
 def training_batch(rows: Sequence[TrainingRow], policy: Policy) -> Batch:

@@ -91,7 +91,10 @@ def optimizer_tensors(state_dict: Mapping[str, Any]) -> tuple[dict[str, Tensor],
     """
     tensors: dict[str, Tensor] = {}
     values: dict[str, dict[str, Any]] = {}
-    for index, entries in state_dict["state"].items():
+    for index, nested in state_dict["state"].items():
+        entries: dict[str, Any] = {}
+        for key, item in nested.items():  # bitsandbytes keeps its 8-bit tensors one level deeper, and takes them flat
+            entries |= item if isinstance(item, dict) else {key: item}
         values[str(index)] = {key: item for key, item in entries.items() if not isinstance(item, Tensor)}
         tensors |= {f"state.{index}.{key}": item for key, item in entries.items() if isinstance(item, Tensor)}
     return tensors, {"param_groups": state_dict["param_groups"], "values": values}
