@@ -8,7 +8,7 @@ from grpo_lab.scoring import reward
 from grpo_lab.types import Completion
 
 
-@reward
+@reward(range=(0.0, 1.0))
 def arithmetic(
     completion: Completion,
     *,

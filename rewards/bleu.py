@@ -8,7 +8,7 @@ from grpo_lab.text_metrics import gold_texts
 from grpo_lab.types import Completion
 
 
-@reward
+@reward(range=(0.0, 1.0))
 def bleu(completion: Completion, *, answer: Any, tokens: Literal["13a", "intl", "char", "zh", "none"] = "13a") -> float:
     """Sentence BLEU against the gold texts, from 0 to 1: sacrebleu's, smoothed, with effective order.
 

@@ -7,7 +7,7 @@ from grpo_lab.scoring import reward
 from grpo_lab.types import Group
 
 
-@reward
+@reward(range=(0.0, 1.0))
 def brevity(
     group: Group,
     *,

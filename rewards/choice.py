@@ -10,7 +10,7 @@ from grpo_lab.types import Completion
 _LONGEST = 1000  # characters of an answer: a letter and what the choice says
 
 
-@reward
+@reward(range=(0.0, 1.0))
 def choice(
     completion: Completion,
     *,

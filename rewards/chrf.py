@@ -8,7 +8,7 @@ from grpo_lab.text_metrics import gold_texts
 from grpo_lab.types import Completion
 
 
-@reward
+@reward(range=(0.0, 1.0))
 def chrf(completion: Completion, *, answer: Any, word_order: Literal[0, 2] = 0) -> float:
     """Sentence chrF against the gold texts, from 0 to 1: sacrebleu's. `word_order: 2` is chrF++.
 

@@ -12,7 +12,7 @@ Form = Literal["lines", "json", "tags"]
 NONE = "none"
 
 
-@reward
+@reward(range=(0.0, 1.0))
 def entities(
     completion: Completion,
     *,

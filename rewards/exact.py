@@ -10,7 +10,7 @@ from grpo_lab.types import Completion
 _PUNCTUATION = str.maketrans("", "", string.punctuation + "“”‘’«»…–—")
 
 
-@reward
+@reward(range=(0.0, 1.0))
 def exact(
     completion: Completion,
     *,

@@ -9,7 +9,7 @@ from grpo_lab.text_metrics import gold_texts, squad_normalised
 from grpo_lab.types import Completion
 
 
-@reward
+@reward(range=(0.0, 1.0))
 def exact_match(
     completion: Completion,
     *,

@@ -19,7 +19,7 @@ _SENTENCE_END = re.compile(r"(?<![.!?…])[.!?…]+[\"'”’)\]*_]*(?=\s|$)|[�
 _HIGHLIGHT = re.compile(r"(?<!\*)\*{1,3}(?=[^\s*])[^\n*]+(?<=\S)\*{1,3}")
 
 
-@reward
+@reward(range=(0.0, 1.0))
 def ifeval(
     completion: Completion,
     *,

@@ -8,7 +8,7 @@ from grpo_lab.text_metrics import label_of
 from grpo_lab.types import Completion
 
 
-@reward
+@reward(range=(0.0, 1.0))
 def label(
     completion: Completion,
     *,

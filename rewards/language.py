@@ -42,7 +42,7 @@ _SENTENCE = re.compile(r"[^.!?。！？\n]+(?:[.!?。！？\n]+|$)")
 _SHORTEST = 20  # letters: less says too little to tell French from Spanish
 
 
-@reward
+@reward(range=(-1.0, 0.0))
 def language(
     completion: Completion,
     *,

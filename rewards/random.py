@@ -6,7 +6,7 @@ from grpo_lab.scoring import reward
 from grpo_lab.types import Group
 
 
-@reward
+@reward(range=(0.0, 1.0))
 def random(group: Group, *, seed: int = 0) -> list[float]:
     """A number from 0 up to 1 that depends on nothing but the example, the text and `seed`, evenly spread.
 

@@ -17,7 +17,7 @@ _STEP = re.compile(
 _LABEL = re.compile(r"\bstep\s+[0-9]+")
 
 
-@reward
+@reward(range=(0.0, 1.0))
 def reasoning_steps(
     completion: Completion,
     *,

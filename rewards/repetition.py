@@ -7,7 +7,7 @@ from grpo_lab.scoring import reward
 from grpo_lab.types import Completion
 
 
-@reward
+@reward(range=(-1.0, 0.0))
 def repetition(
     completion: Completion,
     *,

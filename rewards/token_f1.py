@@ -9,7 +9,7 @@ from grpo_lab.text_metrics import token_f1 as metric
 from grpo_lab.types import Completion
 
 
-@reward
+@reward(range=(0.0, 1.0))
 def token_f1(
     completion: Completion,
     *,

@@ -241,7 +241,9 @@ def test_a_users_reward_gives_the_same_run_in_its_own_process_and_in_this_one(wo
     lines = [line for line in read_jsonl(run / "grpo" / "metrics.jsonl") if "loss" in line]
     assert [line["lab/logged/done"] for line in lines] == [step / 12 for step in range(12)]
     rows = read_jsonl(run / "grpo" / "rollouts" / "step-000001.jsonl")
-    assert [row["extra"]["place"] for row in rows] == list(range(1, 17))
+    assert [row["extra"]["place"] for row in rows] == list(
+        range(9, 25)
+    )  # after the eight held-out answers before step 1
 
 
 def test_stopped_in_every_step_each_checkpoint_and_the_end_are_the_uninterrupted_ones(world):

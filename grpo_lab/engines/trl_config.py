@@ -107,7 +107,9 @@ Refusal = tuple[Callable[[GrpoStage], bool], str]
 # recipe key -> when TRL cannot do what it asks for, and what to do instead
 REFUSED: Mapping[str, Refusal] = {
     "rewards.weight": (
-        lambda stage: stage.algorithm.reward_aggregation != "sum" and bool(scheduled(stage)),
+        lambda stage: (
+            stage.algorithm.reward_aggregation != "sum" and stage.reward_control is None and bool(scheduled(stage))
+        ),
         "TRL normalises each reward before it weighs it, with weights that never change; set reward_aggregation: sum, a "
         "number for the weight, or engine: native",
     ),

@@ -20,12 +20,13 @@ class Advice:
         self.steps_in_a_row: dict[str, int] = {}
 
     def __call__(self, end: StepEnd) -> None:
-        if end.step == 1 and end.scores is not None and end.scores.real_total is not None:
+        is_control = end.scores is not None and end.scores.real_total is not None
+        if end.step == 1 and is_control:
             self.sinks.event(end.stage, end.step, "advice", CONTROL, {})
         for name, text in ADVICE.items():
             holds = end.metrics.get(name) == 1.0
             self._watch(end, name, text, {"metric": name}, holds=holds, patience=1 if name in AT_ONCE else PATIENCE)
-        if end.scores is not None and end.metrics.get("frac_reward_zero_std") != 1.0:
+        if end.scores is not None and not is_control and end.metrics.get("frac_reward_zero_std") != 1.0:
             shares = reward_shares(end.scores)
             weighing = [name for name in shares if end.scores.weights.get(name)]
             for name in weighing:

@@ -212,6 +212,13 @@ def test_a_weight_with_a_schedule_is_multiplied_in_by_the_terms_function():
     assert trl_config.scheduled(stage) == {"accuracy"}
 
 
+def test_under_a_control_trl_gets_one_total_of_weight_1_whatever_the_terms_weights_are():
+    normalised = {"preset": "gdpo"}
+    stage = stage_with({"rewards.weight": SCHEDULE, "algorithm": normalised, "reward_control": "random"})
+    assert unsupported(stage) == []
+    assert arguments(stage, Model(**MODEL), seed=0)["reward_weights"] == [1.0]
+
+
 def test_the_default_stage_and_a_sampler_of_ours_with_max_rows_are_not_refused():
     assert unsupported(stage_with({})) == []
     assert unsupported(stage_with({"sampling.max_rows": 8, "sampling.backend": "native"})) == []

@@ -12,7 +12,7 @@ from grpo_lab.scoring.mark import read_reward
 
 @pytest.fixture
 def rollouts_of(tiny_policy, make_examples, tmp_path):
-    def build(*functions, max_failed=0.5, weights=None):
+    def build(*functions, max_failed=0.5, weights=None, control=None):
         weights = weights or [1.0] * len(functions)
         stage = GrpoStage(
             kind="grpo",
@@ -24,6 +24,7 @@ def rollouts_of(tiny_policy, make_examples, tmp_path):
             rewards=[{"name": f.__name__, "weight": weight} for f, weight in zip(functions, weights, strict=True)],
             prompts_per_step=2,
             max_failed_rewards=max_failed,
+            reward_control=control,
         )
         terms = [
             BoundTerm(read_reward(f, name=f.__name__, source="test"), f.__name__, term.weight)
@@ -69,6 +70,18 @@ def test_a_scheduled_weight_is_in_the_values_and_the_logged_terms_are_not_weight
         assert reward(completion_ids=[[1], [1, 2], [3], [4]], position=position) == [factor * n for n in (1, 2, 1, 1)]
         assert rollouts.scores.terms["length"].tolist() == [[1, 2], [1, 1]]
         assert rollouts.scores.total.tolist() == [[factor, 2 * factor], [factor, factor]]
+
+
+def test_a_control_acts_on_totals_that_have_their_scheduled_weights(rollouts_of):
+    rollouts = rollouts_of(length, first_id, weights=[{"start": 1.0, "end": 0.0, "steps": 2}, 1.0], control="shuffled")
+    (total,) = rollouts.reward_functions()
+    for step, factor in enumerate((1.0, 0.5, 0.0)):
+        rollouts.begin()
+        position = [2 * step, 2 * step, 2 * step + 1, 2 * step + 1]
+        dealt = total(completion_ids=[[1], [2, 2], [3], [4, 4, 4]], position=position)
+        real = [1 + factor, 2 + 2 * factor, 3 + factor, 4 + 3 * factor]
+        assert rollouts.scores.real_total.flatten().tolist() == real
+        assert sorted(dealt) == real
 
 
 def test_the_next_batch_is_scored_anew_even_where_its_ids_are_the_same(rollouts_of):

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from grpo_lab.scoring import controlled
 from grpo_lab.stages.advice import ADVICE, AT_ONCE, Advice, reward_shares
 from grpo_lab.tracking.sinks import Sinks
 from grpo_lab.types import Scores, StepEnd
@@ -104,3 +105,8 @@ def test_a_reward_that_never_differs_in_a_group_is_named_after_ten_steps():
 )
 def test_nothing_is_said_of_rewards_that_do_their_part(scores, metrics):
     assert advise_on(scores, **metrics) == []
+
+
+def test_under_a_control_nothing_is_said_of_rewards_as_the_policy_does_not_learn_from_them():
+    scores = controlled(of_terms(big=[[0.0, 9.0]], small=[[1.0, 0.0]]), "shuffled", seed=0)
+    assert [(step, message[:20]) for step, message in advise_on(scores)] == [(1, "reward_control is on")]
