@@ -42,16 +42,16 @@ def train(
     quiet: Annotated[bool, typer.Option("--quiet", help="show only what went wrong")] = False,
 ) -> None:
     """Take a model through a recipe's stages."""
-    from grpo_lab import commands
+    from grpo_lab.commands import training
 
     overrides = [*(overrides or [])]
     overrides += [f"name={name}"] if name is not None else []
     overrides += [f"output_dir={output_dir}"] if output_dir is not None else []
-    loaded = commands.load_with_limit(recipe, overrides, max_steps)
+    loaded = training.load_with_limit(recipe, overrides, max_steps)
     if dry_run:
-        commands.dry_run(loaded, as_json=as_json)
+        training.dry_run(loaded, as_json=as_json)
     else:
-        commands.train(loaded, recipe, go_on=resume, as_json=as_json, quiet=quiet)
+        training.train(loaded, recipe, go_on=resume, as_json=as_json, quiet=quiet)
 
 
 @app.command()
@@ -60,9 +60,9 @@ def validate(
     as_json: Json = False,
 ) -> None:
     """Check recipes as `train` would, without training."""
-    from grpo_lab import commands
+    from grpo_lab.commands import training
 
-    raise typer.Exit(commands.validate(recipes, as_json=as_json))
+    raise typer.Exit(training.validate(recipes, as_json=as_json))
 
 
 @app.command(name="eval")
@@ -75,9 +75,9 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Measure a model on held-out data: greedy, sampled, pass@k, strict and lenient accuracy."""
-    from grpo_lab import commands
+    from grpo_lab.commands import training
 
-    commands.evaluate(target, recipe=recipe, stage=stage, samples=samples, limit=limit, as_json=as_json)
+    training.evaluate(target, recipe=recipe, stage=stage, samples=samples, limit=limit, as_json=as_json)
 
 
 @app.command()
@@ -106,19 +106,19 @@ def compare(
 ) -> None:
     """Do both engines compute the same (--parity)? Which is faster (--race)? Is the native one itself (--self)? How do
     finished runs differ?"""
-    from grpo_lab import commands
+    from grpo_lab.commands import comparing
 
     if race:
         if parity or itself or picture is not None:
             raise UsageError("--race, --parity, --self and --picture are different comparisons; ask for one at a time")
-        commands.race_engines(
+        comparing.race_engines(
             targets, stage=stage, seeds=seeds, control=control, output_dir=output_dir, as_json=as_json
         )
         return
     if seeds is not None or control is not None or output_dir is not None:
         raise UsageError("--seeds, --control and --output-dir belong to --race")
     if parity or itself:
-        passed = commands.compare_engines(
+        passed = comparing.compare_engines(
             targets,
             parity=parity,
             presets=presets,
@@ -129,7 +129,7 @@ def compare(
             as_json=as_json,
         )
         raise typer.Exit(0 if passed else 1)
-    commands.compare_runs(targets, picture=picture, as_json=as_json)
+    comparing.compare_runs(targets, picture=picture, as_json=as_json)
 
 
 Run = Annotated[Path, typer.Argument(help="a run's folder")]
@@ -147,9 +147,9 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Write a run's model for others: checked against the run's own logits."""
-    from grpo_lab import commands
+    from grpo_lab.commands import results
 
-    commands.export(run, to=to, stage=stage, merge=merge, dtype=dtype, gguf=gguf, as_json=as_json)
+    results.export(run, to=to, stage=stage, merge=merge, dtype=dtype, gguf=gguf, as_json=as_json)
 
 
 @app.command()
@@ -163,9 +163,9 @@ def sample(
     as_json: Json = False,
 ) -> None:
     """Ask a run's model."""
-    from grpo_lab import commands
+    from grpo_lab.commands import results
 
-    commands.sample(run, prompt, stage=stage, count=count, both=both, seed=seed, as_json=as_json)
+    results.sample(run, prompt, stage=stage, count=count, both=both, seed=seed, as_json=as_json)
 
 
 @app.command()
@@ -175,9 +175,9 @@ def chat(
     both: Annotated[bool, typer.Option("--compare", help="also the model that the stage began with")] = False,
 ) -> None:
     """Talk to a run's model, line by line; an empty line or Ctrl-D ends it."""
-    from grpo_lab import commands
+    from grpo_lab.commands import results
 
-    commands.chat(run, stage=stage, both=both)
+    results.chat(run, stage=stage, both=both)
 
 
 @recipes_app.command("ls")
@@ -272,9 +272,9 @@ def check_reward(
     as_json: Json = False,
 ) -> None:
     """Test a reward against cases, or a recipe's whole reward against golds and junk on its own data."""
-    from grpo_lab import commands
+    from grpo_lab.commands import rewards
 
-    passed = commands.check_reward(
+    passed = rewards.check_reward(
         target,
         overrides or [],
         cases=cases,
@@ -297,9 +297,9 @@ def score_again(
     as_json: Json = False,
 ) -> None:
     """Score a run's stored answers again with another reward: distribution before and after, and whose order changed."""
-    from grpo_lab import commands
+    from grpo_lab.commands import rewards
 
-    commands.score_again(run, other=other, options=options or [], plugins=plugin or [], stage=stage, as_json=as_json)
+    rewards.score_again(run, other=other, options=options or [], plugins=plugin or [], stage=stage, as_json=as_json)
 
 
 def _reward_lines(row: dict[str, Any], *, about: bool = False) -> list[str]:

@@ -409,7 +409,7 @@ def test_a_bug_of_ours_exits_70_with_its_traceback(cli, monkeypatch):
     def broken(recipes, *, as_json):
         raise KeyError("surprise")
 
-    monkeypatch.setattr("grpo_lab.commands.validate", broken)
+    monkeypatch.setattr("grpo_lab.commands.training.validate", broken)
     ran = cli("validate", "quickstart")
     assert ran.code == 70
     assert ran.err.startswith("Traceback (most recent call last):\n")
@@ -420,7 +420,7 @@ def test_ctrl_c_before_there_is_anything_to_save_exits_130(cli, monkeypatch):
     def interrupted(recipes, *, as_json):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("grpo_lab.commands.validate", interrupted)
+    monkeypatch.setattr("grpo_lab.commands.training.validate", interrupted)
     ran = cli("validate", "quickstart")
     assert ran.code == 130
     assert "Traceback" not in ran.err

@@ -81,7 +81,7 @@ def prepared(policy: Policy, reference: Policy | None, rollouts: Rollouts, stage
 
 def direct(model: nn.Module, batch: Batch, stage: GrpoStage) -> tuple[float, dict[str, Tensor]]:
     """Loss and gradient of a prepared batch as it is; the engine itself would cut superfluous columns off again."""
-    model = copy.deepcopy(model).requires_grad_(True)
+    model = copy.deepcopy(model)
     learn_without_dropout(model)
     out = policy_forward(model, stage)(batch)
     loss, _ = GrpoLoss(stage.algorithm)(out, batch)

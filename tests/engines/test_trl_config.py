@@ -292,6 +292,6 @@ def test_every_argument_is_one_of_trl_s():
 
 
 def test_a_native_run_imports_no_trl():
-    code = "import sys, grpo_lab.commands, grpo_lab.pipeline; print('trl' in sys.modules)"
+    code = "import sys, grpo_lab.commands.training, grpo_lab.pipeline; print('trl' in sys.modules)"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ran.stdout == "False\n"
