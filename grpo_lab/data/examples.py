@@ -13,6 +13,7 @@ from grpo_lab.data.chat import (
     prefills_thinking,
     render_prompt,
     render_turns,
+    token_ids,
     turn_end,
 )
 from grpo_lab.data.fields import answer_field, check_columns, messages_field, text_field, with_system
@@ -83,9 +84,10 @@ def training_rows(
     """
     _check(data, rows, tokenizer)
     end = _end_token(data, tokenizer)
+    prefilled = data.chat and data.completion is not None and prefills_thinking(tokenizer)
 
     def training_row(index: int, row: Row) -> TrainingRow:
-        pieces = _pieces(row, data, tokenizer, end)
+        pieces = _pieces(row, data, tokenizer, end, prefilled=prefilled)
         ids = tuple(token for run, _ in pieces for token in run)
         learn = tuple(learnt for run, learnt in pieces for _ in run)
         if len(ids) > max_length:
@@ -149,7 +151,7 @@ def _end_token(data: Data, tokenizer: PreTrainedTokenizerBase) -> TurnEnd:
     return end or TurnEnd(tokenizer.eos_token_id, tokenizer.eos_token)
 
 
-def _pieces(row: Row, data: Data, tokenizer: PreTrainedTokenizerBase, end: TurnEnd) -> Pieces:
+def _pieces(row: Row, data: Data, tokenizer: PreTrainedTokenizerBase, end: TurnEnd, *, prefilled: bool) -> Pieces:
     if data.messages is not None:
         return _conversation_pieces(row, data, tokenizer, end)
     if data.text is not None:
@@ -161,7 +163,7 @@ def _pieces(row: Row, data: Data, tokenizer: PreTrainedTokenizerBase, end: TurnE
         prompt = encode_chat(tokenizer, render_prompt(tokenizer, _prompt_messages(row, data)))
     else:
         prompt = encode_plain(tokenizer, text_field(row, _spec(data.prompt), "data.prompt"))
-    if data.chat and completion.lstrip().startswith("<think>") and prefills_thinking(tokenizer):
+    if prefilled and completion.lstrip().startswith("<think>"):
         raise RecipeError(
             "data.completion: the chat template has already written <think> in the prompt; "
             "leave it out of the completion, or set another model.chat_template"
@@ -183,7 +185,7 @@ def _conversation_pieces(row: Row, data: Data, tokenizer: PreTrainedTokenizerBas
 def _learnt(text: str, key: str, tokenizer: PreTrainedTokenizerBase, end: TurnEnd) -> tuple[tuple[int, ...], bool]:
     """What the model writes, and the token that ends it."""
     _refuse_end(text, key, end)
-    return (*tokenizer(text, add_special_tokens=False)["input_ids"], end.id), True
+    return (*token_ids(tokenizer, text), end.id), True
 
 
 def _refuse_end(text: str, key: str, end: TurnEnd) -> None:

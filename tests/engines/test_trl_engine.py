@@ -1,6 +1,7 @@
 """A recipe with `engine: trl` from the command line: the run folder, checkpoints of TRL's with our manifest, refusals."""
 
 import json
+import os
 import shutil
 import signal
 from pathlib import Path
@@ -57,8 +58,9 @@ def share(completion):
     "The share of tokens with an odd number."
     ask = Path(__file__).with_name("ask")
     calls[0] += 1
-    if ask.exists() and calls[0] == int(ask.read_text()):
-        os.kill(os.getpid(), signal.SIGTERM)
+    at, trainer = map(int, ask.read_text().split()) if ask.exists() else (0, 0)
+    if calls[0] == at:
+        os.kill(trainer, signal.SIGTERM)
     return sum(token % 2 for token in completion.token_ids) / len(completion.token_ids)
 
 class Counted:
@@ -233,7 +235,7 @@ def test_without_any_readable_checkpoint_the_run_ends_with_exit_7(world, copied,
 
 
 def test_sigterm_finishes_the_step_saves_and_resumes(world, cli):
-    (world / "ask").write_text("20")  # in the second step
+    (world / "ask").write_text(f"20 {os.getpid()}")  # in the second step; the reward has a process of its own
     arguments = ("train", world / "recipe.yaml", f"output_dir={world}/runs", "name=asked", "checkpoint_every=99")
     try:
         ran = cli(*arguments[:-1], "stages.grpo.checkpoint.every=99", "stages.grpo.evaluation=null", "--quiet")
