@@ -53,7 +53,7 @@ def final_answers(text: str, *, place: Place = "auto", strict: bool = True) -> l
     r"""The answers that a completion gives, to be compared one by one: none, or one, or (lenient) up to two readings.
 
     The place is <answer> tags ("xml"), \boxed{} ("boxed"), after `####` ("hash"), the last number anywhere ("last") or
-    the whole text ("none"); "auto" takes the first of tags, box and hash that occurs. What stands before `</think>` (or
+    the whole text ("none"); "auto" takes the first of tags, box and hash that occurs. What stands before the first `</think>` (or
     `</reasoning>`) is thinking and not looked at. Strict: the place must occur exactly once, of several guesses none
     counts. Lenient: the last such place counts, or the last number in it, or in the text if there is no such place.
 
@@ -136,8 +136,8 @@ def plain_quantity(text: str) -> Fraction | None:
 
 
 def _after_thoughts(text: str) -> str:
-    for end in _THOUGHTS_END:
-        text = text.rpartition(end)[2]
+    for end in _THOUGHTS_END:  # the first one: a later one would hide the guesses before it
+        text = text.partition(end)[2] if end in text else text
     return text
 
 

@@ -304,9 +304,7 @@ def test_rewards_are_listed_with_options_and_columns(cli):
     rows = {row["name"]: row for row in json.loads(cli("rewards", "ls", "--json").out)}
     assert {"accuracy", "format", "length"} <= rows.keys()
     assert rows["accuracy"]["columns"] == ["answer"]
-    target = rows["length"]["options"]["target"]
-    assert (target["type"], target["default"]) == ("int", 100)
-    assert "target" in target["doc"]
+    assert rows["length"]["options"]["target"].items() >= {"type": "int", "default": 100}.items()
     assert rows["length"]["version"].startswith("grpo-lab ")
     out = cli("rewards", "ls").out
     assert "\n    needs the column answer\n" in out

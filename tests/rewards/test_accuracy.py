@@ -163,6 +163,7 @@ def test_any_of_several_golds_will_do(text, answer, expected):
         ("3? 4? 12?</think>#### 12", 1.0),
         adversarial(r"<think>It is \boxed{12}.</think>", 0.0, id="only-thought-of"),
         adversarial(r"<think>12</think> \boxed{1} \boxed{12}", 0.0, id="two-guesses-after-thinking"),
+        adversarial(r"<think>a</think> \boxed{1} <think>b</think> \boxed{12}", 0.0, id="a-guess-before-more-thinking"),
         adversarial(r"\boxed{12}</think> \boxed{3}", 0.0, id="the-last-word-is-wrong"),
     ],
 )

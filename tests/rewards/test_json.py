@@ -127,4 +127,5 @@ def test_a_missing_package_is_found_with_the_recipe(monkeypatch):
 
 
 def test_its_option_is_shown_by_its_type():
-    assert REGISTRY.get("json").describe()["options"]["schema"] == {"type": "dict[str, Any] | None", "default": None}
+    shown = REGISTRY.get("json").describe()["options"]["schema"]
+    assert (shown["type"], shown["default"]) == ("dict[str, Any] | None", None)
