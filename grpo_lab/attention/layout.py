@@ -69,17 +69,20 @@ class PackedBatch:
 
     @classmethod
     def of(cls, batch: Batch) -> "PackedBatch":
-        """Lay out a batch whose rows are group-major. Rows without a token are left out."""
+        """Lay out a batch. Rows without a token are left out, and prompts that no row with tokens answers."""
         device = batch.completion_ids.device
-        prompts = batch.prompt_mask.sum(1).tolist()
         lengths = batch.completion_mask.sum(1).tolist()
         of_prompt = batch.prompt_index.tolist()
-        prompt_starts = _starts(prompts)
-        row_starts = [prompt_starts[-1] + start for start in _starts(lengths)]
         rows_of: dict[int, list[int]] = {}
         for row, prompt in enumerate(of_prompt):
             if lengths[row] > 0:
                 rows_of.setdefault(prompt, []).append(row)
+        answered = torch.zeros(len(batch.prompt_mask), dtype=torch.bool, device=device)
+        answered[list(rows_of)] = True
+        prompt_mask = batch.prompt_mask & answered[:, None]
+        prompts = prompt_mask.sum(1).tolist()
+        prompt_starts = _starts(prompts)
+        row_starts = [prompt_starts[-1] + start for start in _starts(lengths)]
 
         runs: list[list[range]] = []
         crossings, logits_row, predicted_at = [], [0] * sum(lengths), []
@@ -105,7 +108,7 @@ class PackedBatch:
                 predicted_at += range(row_starts[row], row_starts[row + 1] - 1)
         positions = [*_ramps([0] * len(prompts), prompts), *_ramps([prompts[p] for p in of_prompt], lengths)]
         return cls(
-            ids=torch.cat([batch.prompt_ids[batch.prompt_mask], batch.completion_ids[batch.completion_mask]]),
+            ids=torch.cat([batch.prompt_ids[prompt_mask], batch.completion_ids[batch.completion_mask]]),
             positions=torch.tensor(positions, device=device),
             segments=tuple(_tables(runs, device)),
             crossings=tuple(crossings),

@@ -30,7 +30,7 @@ PLAIN = {
     "llama, eager": {"attention": "eager"},
 }
 # Groups of several lengths, a prompt with one completion, a row without a token, rows not in order of length.
-PROMPTS = [(20, 21, 22, 23, 24, 25, 26), (30,), (40, 41, 42), (43, 44)]
+PROMPTS = [(20, 21, 22, 23, 24, 25, 26), (30,), (40, 41, 42), (43, 44), (45, 46), (47,)]
 ROWS = [
     (0, (50, 51, 2)),
     (0, (52,) * 21),
@@ -41,6 +41,7 @@ ROWS = [
     (2, (62, 63, 64, 65, 2)),
     (3, ()),
     (3, (2,)),
+    (4, ()),  # nobody answers this prompt, nor the last
 ]
 
 
@@ -152,10 +153,10 @@ def test_each_token_is_computed_once_and_each_needed_logit_once(make_policy):
     decoder, head = parts(policy.model)
     decoder.layers[0].mlp.register_forward_hook(lambda _module, inputs, _out: seen.append(inputs[0].shape[:-1].numel()))
     completion_logps(batch)
-    prompt_tokens = sum(len(prompt) for prompt in PROMPTS)
+    prompt_tokens = sum(len(prompt) for prompt in PROMPTS[:4])
     completion_tokens = sum(len(completion) for _, completion in ROWS)
     assert seen == [prompt_tokens + completion_tokens]
-    needed = sum(len(completion) - 1 for _, completion in ROWS if completion) + len(PROMPTS)
+    needed = sum(len(completion) - 1 for _, completion in ROWS if completion) + 4
     assert len(PackedBatch.of(batch).predicted_at) == needed
     assert type(head) is torch.nn.Linear
 
@@ -185,7 +186,7 @@ def test_rows_of_one_prompt_that_do_not_stand_together_are_still_its_rows(make_p
     policy = make_policy()
     policy.model.double().eval()
     batch = batch_of(policy)
-    order = torch.tensor([4, 0, 6, 1, 5, 8, 3, 2, 7])
+    order = torch.tensor([4, 0, 6, 1, 5, 9, 8, 3, 2, 7])
     mixed = replace(
         batch,
         prompt_index=batch.prompt_index[order],
