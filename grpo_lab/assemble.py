@@ -94,8 +94,7 @@ def assemble(loaded: LoadedRecipe, *, tokenizer_folder: Path | None = None) -> P
     """
     recipe = loaded.recipe
     found = Problems(loaded.sources)
-    for name in sorted(FOLDERS_OF_A_RUN & recipe.stages.keys()):
-        found.add(("stages", name), f'"{name}" is a folder of every run; give the stage another name')
+    _check_order(recipe, found)
     registry = found.attempt(("plugins",), lambda: discover(recipe.plugins))
     rows = {
         loc: found.attempt(loc, lambda data=data: load_rows(data, root=Path(recipe.data_root or "."), seed=recipe.seed))
@@ -141,6 +140,19 @@ def assemble(loaded: LoadedRecipe, *, tokenizer_folder: Path | None = None) -> P
         },
     }
     return Plan(recipe, registry, tokenizer, tuple(stage for stage in stages if stage is not None), hashes)
+
+
+def _check_order(recipe: Recipe, found: Problems) -> None:
+    """Stages have names of their own and start from what there is before them."""
+    for name in sorted(FOLDERS_OF_A_RUN & recipe.stages.keys()):
+        found.add(("stages", name), f'"{name}" is a folder of every run; give the stage another name')
+    earlier = ["previous", "base"]
+    for name, stage in recipe.stages.items():
+        if name == "previous":
+            found.add(("stages", name), '"previous" has a meaning in start_from; give the stage another name')
+        if stage.start_from not in earlier:
+            found.add(("stages", name, "start_from"), f'"{stage.start_from}" is none of {", ".join(earlier)}')
+        earlier.append(name)
 
 
 @dataclass(frozen=True)

@@ -431,7 +431,9 @@ def test_a_reward_that_fails_on_held_out_answers_is_said(train, recipe, run, wit
 
 
 def events(run: Path) -> list[tuple[int, str]]:
-    return [(event["step"], event["message"]) for event in read_jsonl(run / "grpo" / "events.jsonl")]
+    """What a person must see."""
+    lines = read_jsonl(run / "grpo" / "events.jsonl")
+    return [(event["step"], event["message"]) for event in lines if event["kind"] != "info"]
 
 
 def test_a_constant_reward_is_advised_about_after_ten_steps_once(train, run, with_reward):

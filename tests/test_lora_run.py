@@ -11,6 +11,7 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from grpo_lab.assemble import assemble
 from grpo_lab.errors import CheckpointError, RecipeError
 from grpo_lab.pipeline import train_recipe
 from grpo_lab.recipe import load, load_recipe, resolved_yaml
@@ -190,7 +191,7 @@ def test_a_resumed_adapter_ends_in_the_same_bytes(run, stage, step, tmp_path):
 def problems(tmp_path, text: str) -> str:
     (tmp_path / "x.yaml").write_text(text)
     with pytest.raises(RecipeError) as error:
-        load_recipe(tmp_path / "x.yaml")
+        assemble(load(tmp_path / "x.yaml"))
     return str(error.value)
 
 

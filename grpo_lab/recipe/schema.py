@@ -540,17 +540,6 @@ class Recipe(Block):
     tracking: Tracking = Tracking()
     """What is written beside the metrics."""
 
-    @model_validator(mode="after")
-    def _stages_start_from_earlier_ones(self) -> "Recipe":
-        earlier = ["previous", "base"]
-        for name, stage in self.stages.items():
-            if name in ("previous", "base"):
-                raise ValueError(f'stages.{name}: "{name}" has a meaning in start_from; give the stage another name')
-            if stage.start_from not in earlier:
-                raise ValueError(f'stages.{name}.start_from: "{stage.start_from}" is none of {", ".join(earlier)}')
-            earlier.append(name)
-        return self
-
     def model_of(self, stage: SftStage | GrpoStage) -> Model:
         """The model block as it holds for a stage."""
         return self.model if stage.model is None else self.model.model_copy(update=dict(stage.model))
