@@ -65,6 +65,19 @@ def validate(
     raise typer.Exit(training.validate(recipes, as_json=as_json))
 
 
+@app.command()
+def estimate(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    memory: Annotated[float | None, typer.Option(help="GiB: also say which sizes fit")] = None,
+    as_json: Json = False,
+) -> None:
+    """What a recipe will take of memory, from the model's config alone."""
+    from grpo_lab.commands import estimating
+
+    estimating.estimate(recipe, overrides or [], memory=memory, as_json=as_json)
+
+
 @app.command(name="eval")
 def evaluate(
     target: Annotated[str, typer.Argument(help="a run's folder, or a model (folder or hub id) with --recipe")],

@@ -21,7 +21,7 @@ FLOORS = [
     {"batching", "evaluate"},
     {"engines"},
     {"stages"},
-    {"assemble", "pipeline", "inspection", "summary", "finished"},
+    {"assemble", "pipeline", "inspection", "summary", "finished", "estimate"},
     {"compare", "bench"},
     {"commands", "cli"},
 ]
