@@ -1,6 +1,7 @@
 """What `grpo-lab estimate` says against what real tensors take; scripts/measure_memory.py measures whole processes."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -25,6 +26,7 @@ SIZES = ["model.config.hidden_size=64", "model.config.intermediate_size=192", "s
 KINDS = {
     "full": [],
     "bfloat16": ["model.dtype=bfloat16"],
+    "many words": ["model.config.vocab_size=6000"],
     "lora": ["stages.grpo.model={lora: {r: 4}}"],
     "checkpointing": ["model.gradient_checkpointing=true"],
     "lora, checkpointing": ["stages.grpo.model={lora: {r: 4}}", "model.gradient_checkpointing=true"],
@@ -100,8 +102,8 @@ def test_weights_in_4_bits_take_what_the_estimate_says(toy_recipe, tmp_path):
         packed = getattr(parameter, "quant_state", None)
         real += 0 if packed is None else packed.absmax.nbytes + packed.state2.absmax.nbytes
     assert shape_of(plan, stage).held["weights"] == pytest.approx(real, rel=0.02)
-    # nothing is a view of the file, which would stay in memory whole
-    assert all(p.untyped_storage().nbytes() == p.nbytes for p in tensors.values())
+    maps = Path("/proc/self/maps")
+    assert not maps.exists() or str(tmp_path) not in maps.read_text()  # the whole file would stay in memory
 
 
 def test_keys_and_values_are_those_of_the_config(toy_recipe):
@@ -157,11 +159,15 @@ def test_the_command_shows_every_stage_and_says_json(cli, toy_recipe):
 
 
 def test_the_estimate_is_near_a_small_process(tmp_path):
-    """5M parameters: within 35 %, as beside so little the process itself counts. 100M and 15 %: the script by hand."""
+    """5M parameters: within 35 %, as beside so little the process itself counts. 100M and 15 %: the script by hand.
+
+    Freed memory goes back to the system here, as it does with models of the size that an estimate is for.
+    """
     root = Path(__file__).parent.parent
     if not Path("/proc/self/clear_refs").exists():
         pytest.skip("resident peaks are measured through Linux's /proc")
     command = [sys.executable, root / "scripts" / "measure_memory.py", "--small", "--cases", "full"]
-    ran = subprocess.run(command, capture_output=True, text=True, check=True)
+    environment = {**os.environ, "PYTHONPATH": str(root), "MALLOC_MMAP_THRESHOLD_": str(1 << 18)}
+    ran = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     ratio = float(re.search(r"\*\*all\*\* .*\| ([\d.]+) \|", ran.stdout)[1])
     assert 0.65 < ratio < 1.35, ran.stdout
