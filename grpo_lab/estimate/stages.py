@@ -56,14 +56,14 @@ def shape_of(plan: Plan, stage: SftPlan | GrpoPlan) -> Shape:
         network = attach(network, model.lora, seed=0)
     learns = [parameter for parameter in network.parameters() if parameter.requires_grad]
     size = sum(parameter.nbytes for parameter in learns)
-    grpo = isinstance(stage, GrpoPlan)
+    beta = stage.stage.algorithm.beta if isinstance(stage.stage, GrpoStage) else 0.0
     return Shape(
         network,
         {
             "weights": weights,
             "unpacked": largest,
             "adapter": size if model.lora is not None else 0,
-            "reference": size if grpo and stage.stage.algorithm.beta > 0 else 0,
+            "reference": size if beta > 0 else 0,
             "gradients": size,
             "optimizer": sum(optimizer_bytes(parameter, stage.stage.optimizer) for parameter in learns),
         },
@@ -74,7 +74,7 @@ def shape_of(plan: Plan, stage: SftPlan | GrpoPlan) -> Shape:
 
 def weight_bytes(network: Any, quantization: Quantization | None) -> int:
     """All weights and buffers; in 4 bits the linear layers but the head, with a scale for every block of weights."""
-    total = sum(tensor.nbytes for tensor in [*network.parameters(), *network.buffers()])
+    total: int = sum(tensor.nbytes for tensor in [*network.parameters(), *network.buffers()])
     if quantization is None:
         return total
     scale = 1 + 4 / SCALES if quantization.double_quant else 4
@@ -217,8 +217,8 @@ def estimate_stage(plan: Plan, stage: SftPlan | GrpoPlan, *, memory: int | None)
     vocabulary = network.get_output_embeddings().weight.shape[0]
     learning = Learning.of(stage, lengths, vocabulary)
     supervised = isinstance(stage, SftPlan)
-    writing = {} if supervised else decodings(stage, lengths, vocabulary)
-    max_rows = None if supervised else stage.stage.sampling.max_rows
+    writing = decodings(stage, lengths, vocabulary) if isinstance(stage, GrpoPlan) else {}
+    max_rows = stage.stage.sampling.max_rows if isinstance(stage.stage, GrpoStage) else None
 
     def learn(size: int | None) -> int:
         return resident + learning.bytes_with(network, size, dropout=supervised)
@@ -240,7 +240,7 @@ def estimate_stage(plan: Plan, stage: SftPlan | GrpoPlan, *, memory: int | None)
         "learn": step,
         "save": resident + shape.loading + shape.held["adapter"],  # final/ is loaded again beside the model
     }
-    found = {"lengths": vars(lengths), "parts": held, "phases": phases, "peak": max(phases.values())}
+    found: dict[str, Any] = {"lengths": vars(lengths), "parts": held, "phases": phases, "peak": max(phases.values())}
     if memory is not None:
         found["suggested"] = {"micro_batch_size": suggested(learn, memory, learning.rows)}
         if writing:
