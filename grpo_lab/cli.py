@@ -1,15 +1,15 @@
 """The command line. No logic here: each command imports what it needs when it runs, so that `--help` is quick."""
 
 import gc
-import json
 import os
 import sys
 import traceback
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
+from grpo_lab.cli_rewards import Json, Overrides, rewards_app, show
 from grpo_lab.errors import GrpoLabError, UsageError
 
 app = typer.Typer(
@@ -19,15 +19,10 @@ app = typer.Typer(
     add_completion=False,
 )
 recipes_app = typer.Typer(help="The recipes that come with grpo-lab.", no_args_is_help=True)
-rewards_app = typer.Typer(help="The rewards a recipe can name.", no_args_is_help=True)
 app.add_typer(recipes_app, name="recipes")
 app.add_typer(rewards_app, name="rewards")
 
-Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, e.g. seed=1 stages.grpo.steps=10")]
 RecipePath = Annotated[str, typer.Argument(help="a recipe's file, or the name of a shipped one")]
-Json = Annotated[bool, typer.Option("--json", help="print JSON on standard output")]
-
-Plugins = Annotated[list[Path] | None, typer.Option(help="also a plugin's rewards: a file or folder")]
 
 
 @app.command()
@@ -64,6 +59,19 @@ def validate(
     from grpo_lab.commands import training
 
     raise typer.Exit(training.validate(recipes, as_json=as_json))
+
+
+@app.command()
+def estimate(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    memory: Annotated[float | None, typer.Option(help="GiB: also say which sizes fit")] = None,
+    as_json: Json = False,
+) -> None:
+    """What a recipe will take of memory, from the model's config alone."""
+    from grpo_lab.commands import estimating
+
+    estimating.estimate(recipe, overrides or [], memory=memory, as_json=as_json)
 
 
 @app.command(name="eval")
@@ -181,13 +189,29 @@ def chat(
     results.chat(run, stage=stage, both=both)
 
 
+@app.command()
+def push(
+    run: Run,
+    repo: Annotated[str, typer.Option(help="the hub's name for it: owner/name")],
+    stage: Stage = None,
+    merge: Annotated[bool, typer.Option("--merge", help="an adapter into the weights it was learnt beside")] = False,
+    public: Annotated[bool, typer.Option("--public", help="for everybody; private if not given")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="list what would be sent; send nothing")] = False,
+    as_json: Json = False,
+) -> None:
+    """Send a run's model with its card to the hub; the token is HF_TOKEN, or the one `hf auth login` stored."""
+    from grpo_lab.commands import publishing
+
+    publishing.push(run, repo=repo, stage=stage, merge=merge, public=public, dry_run=dry_run, as_json=as_json)
+
+
 @recipes_app.command("ls")
 def list_recipes(as_json: Json = False) -> None:
     """List the shipped recipes."""
     from grpo_lab.bundled import describe, shipped_recipes
 
     found = [{"name": path.stem, "about": describe(path)} for path in shipped_recipes()]
-    _show(found, as_json, [f"{row['name']:20} {row['about']}" for row in found])
+    show(found, as_json, [f"{row['name']:20} {row['about']}" for row in found])
 
 
 @recipes_app.command("show")
@@ -212,108 +236,6 @@ def copy_recipe(name: RecipePath, to: Annotated[Path, typer.Argument(help="a new
         raise UsageError(f"{target.parent}: there is no such folder")
     target.write_bytes(source.read_bytes())
     typer.echo(str(target))
-
-
-@rewards_app.command("ls")
-def list_rewards(
-    plugin: Plugins = None,
-    as_json: Json = False,
-) -> None:
-    """List rewards with their options and the data set columns they need."""
-    from grpo_lab.scoring import discover
-
-    registry = discover(plugin or [])
-    found = [registry.get(name).describe() for name in registry.names()]
-    _show(found, as_json, [line for row in found for line in _reward_lines(row)])
-
-
-@rewards_app.command("show")
-def show_reward(
-    name: Annotated[str, typer.Argument(help="a reward's name, or a dotted path")],
-    plugin: Plugins = None,
-    as_json: Json = False,
-) -> None:
-    """Show a reward: options with what they mean, columns, range, source, version."""
-    from grpo_lab.scoring import discover
-
-    row = discover(plugin or []).get(name).describe()
-    low, high = row["range"] or (None, None)
-    lines = [
-        *_reward_lines(row, about=True),
-        f"    scores a {row['scope']}" if row["scope"] != "completions" else "    scores all completions of a step",
-        f"    returns {'-inf' if low is None else low} to {'inf' if high is None else high}"
-        if row["range"]
-        else "    returns a number of unknown range",
-        f"    from {row['source']}, {row['version']} (sha256 {row['sha256'][:12]})",
-    ]
-    _show(row, as_json, lines)
-
-
-@rewards_app.command("new")
-def new_reward(
-    name: Annotated[str, typer.Argument(help="the reward's name")],
-    folder: Annotated[Path, typer.Option(help="where NAME.py and NAME.cases.jsonl are written")] = Path(),
-) -> None:
-    """Write a reward to start from, with cases beside it; nothing is overwritten."""
-    from grpo_lab.bench.starter import write_starter
-
-    file, cases = write_starter(name, folder)
-    typer.echo(f"{file}\n{cases}\ngrpo-lab rewards test {file}")
-
-
-@rewards_app.command("test")
-def check_reward(
-    target: Annotated[str, typer.Argument(help="a recipe, or with --cases a reward: its name, dotted path or file")],
-    overrides: Overrides = None,
-    cases: Annotated[Path | None, typer.Option(help="a jsonl file of answers and what they must get")] = None,
-    options: Annotated[list[str] | None, typer.Option(help="key=value: an option of the reward")] = None,
-    plugin: Plugins = None,
-    stage: Annotated[str | None, typer.Option(help="which GRPO stage of the recipe; all if not given")] = None,
-    limit: Annotated[int, typer.Option(min=1, help="rows of the recipe's data")] = 100,
-    as_json: Json = False,
-) -> None:
-    """Test a reward against cases, or a recipe's whole reward against golds and junk on its own data."""
-    from grpo_lab.commands import rewards
-
-    passed = rewards.check_reward(
-        target,
-        overrides or [],
-        cases=cases,
-        options=options or [],
-        plugins=plugin or [],
-        stage=stage,
-        limit=limit,
-        as_json=as_json,
-    )
-    raise typer.Exit(0 if passed else 1)
-
-
-@rewards_app.command("score")
-def score_again(
-    run: Annotated[Path, typer.Argument(help="a run's folder")],
-    other: Annotated[str, typer.Option("--with", help="a recipe, or a reward: its name, dotted path or file")],
-    options: Annotated[list[str] | None, typer.Option(help="key=value: an option of the reward")] = None,
-    plugin: Plugins = None,
-    stage: Annotated[str | None, typer.Option(help="which GRPO stage; the last one if not given")] = None,
-    as_json: Json = False,
-) -> None:
-    """Score a run's stored answers again with another reward: distribution before and after, and whose order changed."""
-    from grpo_lab.commands import rewards
-
-    rewards.score_again(run, other=other, options=options or [], plugins=plugin or [], stage=stage, as_json=as_json)
-
-
-def _reward_lines(row: dict[str, Any], *, about: bool = False) -> list[str]:
-    lines = [f"{row['name']}: {row['doc']}"]
-    for name, option in row["options"].items():
-        lines.append(f"    option {name}: {option['type']} = {json.dumps(option['default'], default=str)}")
-        lines += [f"        {option['doc']}"] if about and option["doc"] else []
-    return [*lines, *([f"    needs the column {', '.join(row['columns'])}"] if row["columns"] else [])]
-
-
-def _show(values: Any, as_json: bool, lines: list[str]) -> None:
-    for line in [json.dumps(values, indent=1)] if as_json else lines:
-        typer.echo(line)
 
 
 def main() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from grpo_lab.card import model_card
 from grpo_lab.data.chat import encode_chat, encode_plain, render_prompt
 from grpo_lab.errors import CheckpointError, UsageError
 from grpo_lab.policy.load import DTYPES, has_adapter, load_policy, load_tokenizer, logits_gap, write_policy
@@ -19,6 +20,7 @@ from grpo_lab.tracking.run_folder import RESOLVED, RUN, StageFolder
 from grpo_lab.types import Example, Policy
 
 MERGED_GAP = 1e-4  # of the largest logit, in float32: merging adds up in another order
+CARD = "README.md"
 CONVERTER = "convert_hf_to_gguf.py"  # of llama.cpp
 
 
@@ -30,6 +32,11 @@ class Finished:
     stage: str
     final: Path
     start: Path | None
+
+    @property
+    def run(self) -> Path:
+        """The run's folder."""
+        return self.final.parent.parent
 
     @property
     def model(self) -> Model:
@@ -87,7 +94,7 @@ def export(of: Finished, to: Path, *, merge: bool, dtype: str | None) -> dict[st
     if adapted and not merge:
         if dtype is not None:
             raise UsageError("--dtype goes with --merge: an adapter alone is float32")
-        save_folder_atomic(to, lambda folder: write_policy(exact, folder, of.model.quantization))
+        save_folder_atomic(to, lambda folder: write_with_card(of, exact, folder, "adapter"))
         return {"folder": str(to), "kind": "adapter", "dtype": "float32"}
     wanted = dtype or of.model.dtype
     whole = load_finished(of, dtype="float32", gradient_checkpointing=False, lora=None, quantization=None)
@@ -97,15 +104,21 @@ def export(of: Finished, to: Path, *, merge: bool, dtype: str | None) -> dict[st
             f"{of.final}: the merged model is not the one with the adapter: logits differ by {gap:.2g}"
         )
     whole.model.to(DTYPES[wanted])
-    save_folder_atomic(to, lambda folder: write_policy(whole, folder))
+    kind = "merged" if adapted else "whole"
+    save_folder_atomic(to, lambda folder: write_with_card(of, whole, folder, kind))
     again = load_policy(Model(path=str(to), dtype=wanted), whole.tokenizer, seed=0)  # type: ignore[arg-type]
     written, meant = again.model.state_dict(), whole.model.state_dict()
     if not all(torch.equal(written[name], tensor) for name, tensor in meant.items()):
         shutil.rmtree(to)
         raise CheckpointError(f"{to}: the model that was written is not the one that was merged; it was deleted")
     rounded = logits_gap(exact, again)
-    kind = "merged" if adapted else "whole"
     return {"folder": str(to), "kind": kind, "dtype": wanted, "merge_gap": gap, "gap": rounded}
+
+
+def write_with_card(of: Finished, policy: Policy, folder: Path, kind: str) -> None:
+    """The model, and beside it README.md, which says what it is."""
+    write_policy(policy, folder, of.model.quantization if kind == "adapter" else None)
+    (folder / CARD).write_text(model_card(of.run, of.stage, kind=kind), encoding="utf-8")
 
 
 def gguf_command(folder: Path) -> list[str]:

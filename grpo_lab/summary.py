@@ -12,7 +12,7 @@ from rich.table import Table
 from grpo_lab.algorithm.intervals import bootstrap_interval
 from grpo_lab.evaluate import mean_and_interval
 from grpo_lab.recipe import load_recipe
-from grpo_lab.recipe.schema import GrpoStage
+from grpo_lab.recipe.schema import GrpoStage, SftStage
 from grpo_lab.tracking.console import safe
 from grpo_lab.tracking.files import read_json, read_jsonl
 from grpo_lab.tracking.run_folder import RESOLVED, RUN, StageFolder
@@ -27,17 +27,21 @@ def summarise(run: Path) -> dict[str, Any]:
     """The run's outcome as plain values: what `--json` prints and the table shows."""
     recipe = load_recipe(run / RESOLVED)
     info = read_json(run / RUN)
-    stages: dict[str, Any] = {}
-    for name, stage in recipe.stages.items():
-        folder = StageFolder(run / name)
-        stages[name] = {"kind": stage.kind, "steps": stage.steps, "final": str(folder.final)}
-        if isinstance(stage, GrpoStage) and stage.evaluation is not None:
-            before, after = (read_jsonl(folder.evaluation(step)) for step in (0, stage.steps))
-            stages[name] |= {"held_out": before_and_after(before, after), "examples": pairs(before, after)}
-        elif stage.evaluation is not None:
-            losses = [line["eval_loss"] for line in read_jsonl(folder.metrics) if "eval_loss" in line]
-            stages[name] |= {"eval_loss": {"before": losses[0], "after": losses[-1]}}
+    stages = {name: stage_outcome(run, name, stage) for name, stage in recipe.stages.items()}
     return {"run": str(run), "status": info["status"], "exact": info["exact"], "seed": recipe.seed, "stages": stages}
+
+
+def stage_outcome(run: Path, name: str, stage: SftStage | GrpoStage) -> dict[str, Any]:
+    """What a finished stage achieved, as far as it was measured."""
+    folder = StageFolder(run / name)
+    found: dict[str, Any] = {"kind": stage.kind, "steps": stage.steps, "final": str(folder.final)}
+    if isinstance(stage, GrpoStage) and stage.evaluation is not None:
+        before, after = (read_jsonl(folder.evaluation(step)) for step in (0, stage.steps))
+        found |= {"held_out": before_and_after(before, after), "examples": pairs(before, after)}
+    elif stage.evaluation is not None:
+        losses = [line["eval_loss"] for line in read_jsonl(folder.metrics) if "eval_loss" in line]
+        found |= {"eval_loss": {"before": losses[0], "after": losses[-1]}}
+    return found
 
 
 def before_and_after(before: Rows, after: Rows) -> dict[str, dict[str, Any]]:

@@ -21,9 +21,9 @@ FLOORS = [
     {"batching", "evaluate"},
     {"engines"},
     {"stages"},
-    {"assemble", "pipeline", "inspection", "summary", "finished"},
+    {"assemble", "pipeline", "inspection", "summary", "finished", "estimate", "card", "publish"},
     {"compare", "bench"},
-    {"commands", "cli"},
+    {"commands", "cli", "cli_rewards"},
 ]
 SHARED = {0, 5, 7}  # on these floors neighbours may import each other; on the others they never do
 MATHS_MAY_IMPORT = {"torch", "jaxtyping"} | sys.stdlib_module_names

@@ -1,0 +1,159 @@
+"""Model cards, and what is sent to the hub: against a small server that speaks the hub's API."""
+
+import base64
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import yaml
+from rich.console import Console
+
+from grpo_lab.card import model_card
+from grpo_lab.pipeline import train_recipe
+from grpo_lab.recipe import load
+from grpo_lab.summary import summarise
+from grpo_lab.tracking.files import read_json
+
+TOKEN = "hf_thisIsASecretOfTheTest"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, toy_text) -> Path:
+    """A full warm start, then an adapter on it."""
+    folder = tmp_path_factory.mktemp("world")
+    (folder / "toy.yaml").write_text(toy_text)
+    changes = ["stages.warm_start.steps=1", "stages.grpo.steps=1", "stages.grpo.model={lora: {r: 2}}"]
+    loaded = load(folder / "toy.yaml", [f"output_dir={folder}/runs", *changes])
+    return train_recipe(loaded, toy_text, go_on=False, console=Console(file=io.StringIO()), quiet=True)
+
+
+class Hub(ThreadingHTTPServer):
+    """As much of the hub as a push needs. `received` holds what was sent; a repository is private if created so."""
+
+    def __init__(self, *, private: bool | None = None) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.private = private  # None = the repository is not there yet
+        self.tokens: set[str | None] = set()
+        self.received: dict[str, bytes] = {}
+
+    @property
+    def address(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Hub
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        self.server.tokens.add(self.headers["Authorization"])
+        if self.path == "/api/repos/create":
+            there = self.server.private is not None
+            if not there:
+                asked = json.loads(body)
+                self.server.private = asked.get("private") or asked.get("visibility") == "private"
+            self.answer({"url": f"{self.server.address}/me/toy"}, 409 if there else 200)
+        elif "/preupload/" in self.path:
+            names = [file["path"] for file in json.loads(body)["files"]]
+            self.answer({"files": [{"path": n, "uploadMode": "regular", "shouldIgnore": False} for n in names]})
+        elif "/commit/" in self.path:
+            for line in map(json.loads, body.splitlines()):
+                if line["key"] == "file":
+                    self.server.received[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+            self.answer({"commitUrl": f"{self.server.address}/me/toy/commit/1", "commitOid": "1"})
+        else:  # the check of the card's front matter
+            self.answer({"warnings": [], "errors": []})
+
+    def do_GET(self) -> None:
+        self.answer({"id": "me/toy", "private": self.server.private, "tags": [], "siblings": [], "downloads": 0})
+
+    def answer(self, values: dict, status: int = 200) -> None:
+        content = json.dumps(values).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def push(hub: Hub, run: Path, home: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    """`grpo-lab push` in a process of its own: the hub's client reads its environment when it is imported."""
+    thread = threading.Thread(target=hub.serve_forever)
+    thread.start()
+    environment = {**os.environ, "HF_ENDPOINT": hub.address, "HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "0"}
+    environment |= {"HF_HOME": str(home), "PYTHONPATH": str(Path(__file__).parent.parent), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", "from grpo_lab.cli import main; main()", "push", str(run), "--repo", "me/toy"]
+    try:
+        return subprocess.run([*command, *options], capture_output=True, text=True, env=environment)
+    finally:
+        hub.shutdown()
+        thread.join()
+        hub.server_close()
+
+
+def test_a_push_sends_the_merged_model_and_its_card_to_a_private_repository(run, tmp_path):
+    hub = Hub()
+    ran = push(hub, run, tmp_path, "--merge", "--json")
+    assert ran.returncode == 0, ran.stderr
+    found = json.loads(ran.stdout)
+    assert hub.private is True
+    assert (found["private"], found["kind"]) == (True, "merged")
+    assert found["files"] == {name: len(content) for name, content in hub.received.items()}
+    assert {"README.md", "config.json", "model.safetensors", "tokenizer.json"} <= hub.received.keys()
+    assert "manifest.json" not in hub.received
+    assert hub.tokens == {f"Bearer {TOKEN}"}
+    written = [path for folder in (run, tmp_path) for path in folder.rglob("*") if path.is_file()]
+    assert all(TOKEN.encode() not in content for content in hub.received.values())
+    assert all(TOKEN.encode() not in path.read_bytes() for path in written)
+
+
+def test_nothing_is_sent_to_a_public_repository_unasked(run, tmp_path):
+    hub = Hub(private=False)
+    ran = push(hub, run, tmp_path, "--merge")
+    assert (ran.returncode, hub.received) == (2, {})
+    assert "--repo me/toy: is there and public; add --public" in ran.stderr
+
+
+def test_a_dry_run_lists_the_files_and_asks_nobody(cli, run):
+    ran = cli("push", run, "--repo", "me/toy", "--merge", "--dry-run")
+    assert ran.code == 0, ran.err
+    assert ran.out.splitlines()[-1].startswith("nothing was sent: ")
+    assert re.search(r"^ +[\d,]+  model\.safetensors$", ran.out, re.MULTILINE)
+
+
+def test_an_adapter_that_nobody_else_could_use_is_not_sent(cli, run):
+    ran = cli("push", run, "--repo", "me/toy", "--dry-run")
+    assert ran.code == 2
+    assert "the adapter's base is a folder of this machine, so nobody could use it; add --merge" in ran.err
+
+
+def test_the_card_says_what_the_run_says(run):
+    card = model_card(run, "grpo", kind="merged")
+    front = yaml.safe_load(card.split("---\n")[1])
+    assert front["library_name"] == "transformers"
+    hashes = read_json(run / "run.json")["hashes"]["data"]
+    assert all(sha in card for sha in hashes.values())
+    assert "- reward: `accuracy` x 1.0" in card
+    assert "- reward: `length` x 0.1 (target: 8)" in card
+    values = summarise(run)["stages"]["grpo"]["held_out"]["greedy/length"]
+    cells = [
+        f"{values[key]['mean']:.3f} [{values[key]['low']:.3f}, {values[key]['high']:.3f}]"
+        for key in values
+        if key != "num_prompts"
+    ]
+    assert f"| greedy/length | 10 | {' | '.join(cells)} |" in card
+    assert "GRPO, 1 steps, LoRA (r 2, alpha 32)" in card
+    assert "- One run with one seed" in card
+    assert str(run.parent) not in card
+    recipe = yaml.safe_load(card.split("```yaml\n")[1].split("```")[0])
+    assert recipe["stages"]["grpo"]["model"]["lora"]["r"] == 2
