@@ -381,9 +381,11 @@ def test_a_stop_says_how_to_go_on(world, cli, monkeypatch):
     assert ran.err == "error: SIGTERM: stopped after step 1 of stage grpo, saved; --resume goes on from here\n"
 
 
+HANDLERS = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}  # before any run
+
+
 def test_the_handlers_of_signals_are_given_back(world):
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert {number: signal.getsignal(number) for number in HANDLERS} == HANDLERS
 
 
 def unfinish(run: Path) -> None:
