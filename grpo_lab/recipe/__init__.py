@@ -1,4 +1,4 @@
-"""Recipes: what they may say (schema.py), how they are read (load.py) and written out (resolved.py)."""
+"""Recipes: what they may say (schema/), how they are read (load.py) and written out (resolved.py)."""
 
 from grpo_lab.recipe.load import LoadedRecipe, load, load_recipe, written_value
 from grpo_lab.recipe.problems import SourceMap, did_you_mean
