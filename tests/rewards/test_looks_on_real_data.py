@@ -164,7 +164,8 @@ def test_svamps_equations_are_sums_over_their_numbers():
         if all(each.is_integer() for each in [*numbers, row["Answer"]]):
             columns = {"nums": [int(each) for each in numbers], "target": int(row["Answer"])}
             found["right"] += countdown(done(f"<answer>{row['Equation']}</answer>"), **columns) == 1.0
-            found["unsolved"] += countdown(done(f"<answer>{int(row['Answer'])}</answer>"), **columns) == 1.0
+            if len(numbers) > 1:  # one question gives its answer away
+                found["unsolved"] += countdown(done(f"<answer>{int(row['Answer'])}</answer>"), **columns) == 1.0
     assert found == {"right": 999, "unsolved": 0}
 
 
