@@ -39,8 +39,10 @@ def stage_outcome(run: Path, name: str, stage: SftStage | GrpoStage) -> dict[str
         before, after = (read_jsonl(folder.evaluation(step)) for step in (0, stage.steps))
         found |= {"held_out": before_and_after(before, after), "examples": pairs(before, after)}
     elif stage.evaluation is not None:
-        losses = [line["eval_loss"] for line in read_jsonl(folder.metrics) if "eval_loss" in line]
-        found |= {"eval_loss": {"before": losses[0], "after": losses[-1]}}
+        measured = [line for line in read_jsonl(folder.metrics) if "eval_loss" in line]
+        selected = read_json(folder.result).get("selected", measured[-1]["step"])
+        (final,) = (line for line in measured if line["step"] == selected)
+        found |= {"eval_loss": {"before": measured[0]["eval_loss"], "after": final["eval_loss"]}}
     return found
 
 
