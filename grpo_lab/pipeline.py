@@ -87,7 +87,7 @@ def _run_stages(plan: Plan, run: RunFolder, files: JsonlSink, sinks: Sinks, stop
             verify_folder(folder.final)
             sinks.event(stage.name, stage.stage.steps, "info", "finished before, skipped", {})
         else:
-            if isinstance(stage, GrpoPlan) and stage.stage.engine == "trl":
+            if stage.stage.engine == "trl":
                 run.mark_inexact(INEXACT)
             context = Context(plan.recipe, plan.tokenizer, folder, start, files, sinks, stop, run.mark_inexact)
             if isinstance(stage, SftPlan):
