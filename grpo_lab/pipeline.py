@@ -16,7 +16,7 @@ from grpo_lab.recipe import LoadedRecipe, resolved_yaml
 from grpo_lab.recipe.schema import GrpoStage
 from grpo_lab.scoring import start_nursery
 from grpo_lab.stages.grpo import run_grpo
-from grpo_lab.stages.plan import GrpoPlan, SftPlan
+from grpo_lab.stages.plan import SftPlan
 from grpo_lab.stages.running import Context, StopSignal
 from grpo_lab.stages.sft import run_sft
 from grpo_lab.tracking.console import ConsoleSink

@@ -72,11 +72,6 @@ REFUSED: Mapping[str, Refusal] = {
         lambda stage, model: stage.key_tokens is not None,
         "SFTTrainer counts every token the same; leave it out or set engine: native",
     ),
-    "packing": (
-        lambda stage, model: stage.packing and model.attention == "eager" and model.gradient_checkpointing,
-        "rows without padding are told apart by their positions, which recomputed eager layers are not told; set "
-        "packing: false or attention: sdpa",
-    ),
     "model.quantization": (
         lambda stage, model: model.quantization is not None,
         "TRL turns the adapter of a quantized model to bfloat16, whatever the recipe says; set engine: native",
