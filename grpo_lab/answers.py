@@ -7,6 +7,7 @@ own may use them, too. Nothing that a model wrote is evaluated as Python here.
 import re
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from fractions import Fraction
 from functools import lru_cache
 from typing import Any, Literal
@@ -23,6 +24,8 @@ _THOUGHTS_END = ("</think>", "</reasoning>")
 _TEXT_COMMAND = re.compile(r"\\(?:text|textbf|textrm|mbox|mathrm|textit)\s*\{([^{}]*)\}")
 _SIZES = re.compile(r"\\(?:left|right)(?![a-zA-Z])")
 _SPACING = re.compile(r"(?<!\\)\\[,;: ]|\\q?quad(?![a-zA-Z])|~")  # but not the end of a matrix's row
+_THOUSANDS = re.compile(r"(?<=[0-9])(?:\\,|[\u00a0\u2009\u202f])(?=[0-9]{3}(?![0-9]))")  # but not a common space
+_BRACED = re.compile(r"\{([^{},;]*)\}")
 _WORDS = re.compile(r"(?=.*[^\W\d_]{2})[^0-9\\=+*/^<>|()\[\]{}_]+")  # as a product of letters, Pairs would be Paris
 _ASSIGNED = re.compile(r"(?P<name>[A-Za-z](?:_\w+|\([A-Za-z]\))?)\s*=\s*(?P<value>.+)")
 _ALTERNATIVES = re.compile(r"(?:,|\bor\b|\band\b)\s*(?=[A-Za-z]\s*=)")
@@ -33,6 +36,10 @@ _BASE = re.compile(r"(?P<digits>[0-9]+)_(?:\{(?P<base>[0-9]+)\}|(?P<base1>[0-9])
 _DEGREES = re.compile(r"\s*(?:\^\s*(?:\{\s*\\circ\s*\}|\\circ)|°)")
 _SUM = re.compile(r"[0-9]\s*(?:[-+*]|\\cdot|\\times|\\div)\s*[0-9(\\]")  # 16-3-4 is the question, not the answer
 _FORMULA = re.compile(r"[\\^√²³/(]")
+_UNSOLVED = re.compile(  # 2^3 and \binom{4}{2} are questions, too; powers of ten and commands that only dress up are not
+    r"[√²³]|(?<!\b10)(?<!\b10 )\^(?!\s*\{?\s*\\circ)|"
+    r"\\(?!(?:[dt]?frac|displaystyle|text[a-z]*|math[a-z]+|boldsymbol|bm|underline|circ|degree|cdot|times)(?![a-z]))[a-zA-Z]+"
+)
 _SUSPECT = (  # where math-verify alone is too kind or too slow
     re.compile(r"=|\\equiv"),  # 1 = 12 would count as 12
     re.compile(r"[0-9](?:\s|~|\\[,;: ]|\\q?quad)+[0-9]"),  # 12 13 would be added up
@@ -41,10 +48,25 @@ _SUSPECT = (  # where math-verify alone is too kind or too slow
 _QUANTITY = re.compile(
     r"(?P<number>[^A-Za-z°]*?[0-9.,}%])(?P<gap>\s*)(?P<unit>[A-Za-z][A-Za-z ]*)(?P<power>(?:\^ ?\{?[23]\}?|[²³])?)\.?"
 )
+_UNIT_BEHIND = re.compile(
+    r"(?P<formula>.*(?:[0-9})]|\\pi)) (?P<unit>[A-Za-z]+(?: [A-Za-z]+){0,3})(?: ?\^ ?\{?[23]\}?|[²³])?\.?"
+)
+_PER = re.compile(
+    r"(?<=[A-Za-z0-9}]) ?/ ?(?=(?:second|sec|minute|min|hour|hr|day|week|month|year|mile|km|kg|lb|gallon|person|item)s?\b)|"
+    r"(?<=[A-Za-z]) ?/ ?(?=[shmlLg]\b)"
+)
 _ONE_LETTER_UNITS = frozenset("mgshlLJNWVAKCF")
+# What may follow a number without a space: 12cm is a length, but 2ab a product. Longer words are no products.
+_GLUED = re.compile(
+    r"[cmkdn]m|[km]g|[mcd][lL]|[kM]?Hz|[kM]W|lbs?|oz|ft|yds?|mi|mph|hrs?|mins?|secs?|am|pm|st|nd|rd|th|[A-Za-z]{4,}"
+)
 _POWERS = {"2": "2", "3": "3", "²": "2", "³": "3", "square": "2", "sq": "2", "cubic": "3"}
 _FACTORS = {"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12}
-_NO_UNIT = re.compile(r"\b(?:or|and|not|pi|half|halves|(?:third|fourth|fifth|tenth)s?|mod|squared|cubed|times \w+)\b")
+_NO_UNIT = re.compile(
+    r"\b(?:or|and|not|pi|half|halves|(?:third|fourth|fifth|sixth|seventh|eighth|ninth|tenth|hundredth|"
+    r"thousandth)s?|mod|squared|cubed|times \w+|plus|minus|over|by|than|is|vs|versus|maybe|unless|wait|negative|factorial|sqrt|"
+    r"root|log|ln|exp|sin|cos|tan|[u-z]{2,3})\b"
+)
 _LONGEST = 1000  # characters of an answer, with its dress
 _LONGEST_UNIT = 4  # words
 
@@ -70,7 +92,7 @@ def final_answers(text: str, *, place: Place = "auto", strict: bool = True) -> l
     found = next((kind for kind, mark in _MARKERS.items() if place in ("auto", kind) and mark in text), None)
     content = None if found is None else _content(text, found)
     if strict:
-        return _present(content if found is not None and text.count(_MARKERS[found]) == 1 else None)
+        return _present(content if found is not None and _is_only(text, found) else None)
     says_something = content is not None and any(char.isalnum() for char in content)
     return _present(content, last_number(content if content is not None and says_something else text))
 
@@ -99,9 +121,12 @@ def plain_answer(text: str) -> str:
     ('Paris', '12')
     """
     plain = text.replace(r"\!", "").replace("\u2212", "-").replace(r"\langle", "(").replace(r"\rangle", ")")
+    plain = _THOUSANDS.sub(",", plain).replace(r"\varnothing", r"\emptyset").replace("∅", r"\emptyset")
     plain = " ".join(_SPACING.sub(" ", _TEXT_COMMAND.sub(r" \1 ", _SIZES.sub("", plain))).split())
     plain = plain.removeprefix(r"\(").removesuffix(r"\)").removeprefix(r"\[").removesuffix(r"\]")
-    return plain.strip("$*` ").rstrip(".$*` ")
+    plain = plain.strip("$*` ").rstrip(".$*` ")
+    braced = _BRACED.fullmatch(plain)
+    return braced[1].strip() if braced else plain
 
 
 def same_answer(gold: str, found: str, *, timeout_seconds: int = 5) -> bool:
@@ -110,7 +135,7 @@ def same_answer(gold: str, found: str, *, timeout_seconds: int = 5) -> bool:
     Plain numbers are compared exactly (1,080 = 1080 = $1,080, 0.5 = 1/2; 50% is 0.5 and 50). A unit may be left out or
     added, but not exchanged; `5 million` is 5000000. Words are compared as text. All else (LaTeX, sets, intervals,
     formulas) goes to math-verify, and what takes it longer than the time limit is wrong. A number must be worked out:
-    3*4 is not accepted for 12.
+    3*4 is not accepted for 12, nor 2^3 for 8.
 
     >>> same_answer("12", "12 cm"), same_answer("5.4 cents", "5.4 dollars"), same_answer("9", "16-3-4")
     (True, False, False)
@@ -155,6 +180,12 @@ def _present(*answers: str | None) -> list[str]:
     return list(dict.fromkeys(answer for answer in answers if answer is not None))
 
 
+def _is_only(text: str, place: str) -> bool:
+    """Whether there is one such place, and in tags at most one box."""
+    boxes = (tag(text, "answer") or "").count(_MARKERS["boxed"]) if place == "xml" else 0
+    return text.count(_MARKERS[place]) == 1 and boxes < 2
+
+
 def _content(text: str, place: str) -> str | None:
     if place == "hash":
         return hash_answer(text)
@@ -187,11 +218,33 @@ def _same(gold: str, found: str, timeout_seconds: int) -> bool:
         return False
     if gold_number is not None and not _FORMULA.search(bare):
         return False  # nothing that mathematics could turn into a number: math-verify need not even be imported
+    if gold_number is not None and _UNSOLVED.search(bare):
+        return False
+    if gold.startswith(r"\{") and _ORDERED.fullmatch(bare):
+        return False
     if _ORDERED.fullmatch(gold) and not _ORDERED.fullmatch(bare) and not _RELATION.search(bare):
         return False
     if any(suspect.search(bare) and not suspect.search(gold) for suspect in _SUSPECT):
         return False
-    return _math_verify(gold, bare, timeout_seconds)
+    return _same_formula(gold, bare, timeout_seconds)
+
+
+def _same_formula(gold: str, found: str, timeout_seconds: int) -> bool:
+    """What math-verify says; also where one of them has a unit behind, that it knows as a product of letters only."""
+    if _math_verify(gold, found, timeout_seconds):
+        return True
+    (bare_gold, gold_unit), (bare_found, found_unit) = _split_unit(gold), _split_unit(found)
+    one_has_unit = (gold_unit == "") != (found_unit == "")
+    added = found_unit if len(found_unit) > 1 or found_unit in _ONE_LETTER_UNITS else ""
+    return one_has_unit and (len(gold_unit) > 1 or added != "") and _math_verify(bare_gold, bare_found, timeout_seconds)
+
+
+def _split_unit(formula: str) -> tuple[str, str]:
+    r"""A formula and the unit that stands behind it after a space: `2\sqrt{3} cm`."""
+    match = _UNIT_BEHIND.fullmatch(formula)
+    if match is None or _NO_UNIT.search(match["unit"]):
+        return formula, ""
+    return match["formula"], match["unit"]
 
 
 def _unnamed(found: str) -> str:
@@ -220,7 +273,7 @@ def _quantity(text: str) -> tuple[str, str] | None:
     based = _BASE.fullmatch(text)
     if based is not None:
         return based["digits"], f"base {based['base'] or based['base1']}"
-    match = _QUANTITY.fullmatch(_DEGREES.sub(" degree", text))
+    match = _QUANTITY.fullmatch(_PER.sub(" per ", _DEGREES.sub(" degree", text)))
     value = None if match is None else parse_number(match["number"])
     if match is None or value is None:
         return None
@@ -230,9 +283,10 @@ def _quantity(text: str) -> tuple[str, str] | None:
     if words[0].rstrip("s") in _FACTORS:
         factor = _FACTORS[words[0].rstrip("s")]
         return _quantity(f"{value * factor} {' '.join(words[1:])}".strip())
-    one_letter = len(words[0]) == 1  # 3 m is a length, but 3m and 3R^2 are products
-    if one_letter and (match["unit"].strip() not in _ONE_LETTER_UNITS or not match["gap"]):
+    if not match["gap"] and _GLUED.fullmatch(match["unit"].split()[0]) is None:
         return None
+    if len(words[0]) == 1 and (match["unit"][0] not in _ONE_LETTER_UNITS or words[1:2] not in ([], ["per"])):
+        return None  # 3 m is a length, but 3 x and 3 m n are products
     if len(words) > _LONGEST_UNIT or _NO_UNIT.search(" ".join(words)):
         return None
     return match["number"], _unit(words, match["power"])
@@ -262,6 +316,8 @@ def _math_verify(gold: str, found: str, timeout_seconds: int) -> bool:
 def _parse(text: str, timeout_seconds: int) -> list[Any]:
     from math_verify import LatexExtractionConfig, parse
 
-    config = [LatexExtractionConfig()]
-    expressions: list[Any] = parse(f"${text}$", extraction_config=config, parsing_timeout=timeout_seconds)
+    # its own way with units takes the h off x + 3h and the ab off 2ab
+    config = LatexExtractionConfig()
+    config = replace(config, normalization_config=replace(config.normalization_config, units=False))
+    expressions: list[Any] = parse(f"${text}$", extraction_config=[config], parsing_timeout=timeout_seconds)
     return expressions

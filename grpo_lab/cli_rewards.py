@@ -32,7 +32,7 @@ def show_reward(
     plugin: Plugins = None,
     as_json: Json = False,
 ) -> None:
-    """Show a reward: options with what they mean, columns, range, source, version."""
+    """Show a reward: its manual, options with what they mean, columns, range, source, version."""
     from grpo_lab.scoring import discover
 
     row = discover(plugin or []).get(name).describe()
@@ -103,10 +103,12 @@ def score_again(
 
 
 def _reward_lines(row: dict[str, Any], *, about: bool = False) -> list[str]:
-    lines = [f"{row['name']}: {row['doc']}"]
+    lines = [f"{row['name']}: {row['manual' if about else 'doc']}"]
     for name, option in row["options"].items():
         lines.append(f"    option {name}: {option['type']} = {json.dumps(option['default'], default=str)}")
         lines += [f"        {option['doc']}"] if about and option["doc"] else []
+    if about:
+        lines.insert(1, "")
     return [*lines, *([f"    needs the column {', '.join(row['columns'])}"] if row["columns"] else [])]
 
 

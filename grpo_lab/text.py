@@ -29,9 +29,11 @@ _SCIENTIFIC = re.compile(
 )
 _NUMBER_IN_TEXT = re.compile(
     r"[-\u2212]?(?:(?<![\w.])[0-9]+ ?)?\\[dt]?frac ?(?:\{[0-9]+\}|[0-9]) ?(?:\{[0-9]+\}|[0-9])|"
-    r"(?<![\w.])[-\u2212]?\\?\$?(?:[0-9]|\.[0-9])[0-9,]*(?:\.[0-9]+)?(?:/[0-9]+)?(?:\\?%)?"
+    r"(?<![\w.])[-\u2212]?\\?\$?(?:[0-9]|\.[0-9])[0-9,]*(?:\.[0-9]+)?(?:/[0-9]+| ?[½⅓⅔¼¾])?(?:\\?%)?|[½⅓⅔¼¾]"
 )
 _LONGEST_NUMBER = 100
+_FRACTION_SIGNS = {"½": "1/2", "⅓": "1/3", "⅔": "2/3", "¼": "1/4", "¾": "3/4"}
+_FRACTION_SIGN = re.compile(r"[½⅓⅔¼¾](?![0-9])")
 
 
 def boxed(text: str) -> str | None:
@@ -83,9 +85,9 @@ def hash_answer(text: str) -> str | None:
 def parse_number(text: str) -> Fraction | None:
     r"""The number that the whole text writes, exactly; None if it is anything but one number.
 
-    Understands signs (also the typographic minus), decimals, thousands separators, fractions and mixed numbers (plain
-    or LaTeX), powers of ten behind one digit, a currency sign and a full stop after the number. A percent sign counts
-    as 1/100. Separators that do not group by three are no number.
+    Understands signs (also the typographic minus and, in front, a dash), decimals, thousands separators, fractions and
+    mixed numbers (plain, LaTeX, or with ½ and its like), powers of ten behind one digit, a currency sign and a full stop
+    after the number. A percent sign counts as 1/100. Separators that do not group by three are no number.
 
     >>> [str(parse_number(text)) for text in ["-5", "$1,080", "18.", "3.5", "1/2", "50%", r"1\frac{1}{2}"]]
     ['-5', '1080', '18', '7/2', '1/2', '1/2', '3/2']
@@ -94,7 +96,10 @@ def parse_number(text: str) -> Fraction | None:
     """
     if len(text) > _LONGEST_NUMBER:
         return None
-    plain = text.strip().replace("\u2212", "-").replace("{,}", ",").replace(r"\$", "$").replace(r"\%", "%")
+    plain = text.strip().replace("{,}", ",").replace(r"\$", "$").replace(r"\%", "%")
+    if not plain.isascii():
+        plain = _FRACTION_SIGN.sub(lambda sign: " " + _FRACTION_SIGNS[sign[0]], re.sub("^\u2013", "\u2212", plain))
+        plain = plain.replace("\u2212", "-").strip()
     match = _NUMBER.fullmatch(plain)
     if match is not None:
         value = _ratio(match["top"], match["bottom"] or "1", match["whole"])

@@ -26,7 +26,11 @@ def accuracy(
 
     Plain numbers are compared exactly (1,080 = 1080 = $1,080, 0.5 = 1/2; 50% is 0.5 and 50), with or without a unit.
     Words are compared as text. All else goes to math-verify, for `timeout_seconds` at most (a whole number from 1).
-    A number must be worked out: 3*4 is not accepted for 12.
+    A number must be worked out: 3*4 is not accepted for 12, nor 2^3 for 8.
+
+    Args:
+        extract: "xml" in <answer> tags, "boxed" in \boxed{}, "hash" after `####`, "auto" the first of these that occurs; "last" the last number
+            anywhere, which pays for guessing.
     """
     if answer is None:
         return None

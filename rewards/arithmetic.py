@@ -17,11 +17,16 @@ def arithmetic(
     extract: Literal["auto", "hash", "boxed", "xml", "last"] = "auto",
     strict: bool = True,
 ) -> float | None:
-    """1.0 if the final answer is the value of the column `expression`, else 0.0; None where that column is null.
+    r"""1.0 if the final answer is the value of the column `expression`, else 0.0; None where that column is null.
 
     For data that holds the calculation and no answer, such as `(76.0 - 25.0) * 2`. The value is exact (1/3 is not
     0.333, but for a `tolerance`). + - * / ^ and brackets are understood in the column; in the answer only a number
     counts, so that the calculation cannot be handed back unsolved. The places are those of the reward accuracy.
+
+    Args:
+        extract: "xml" in <answer> tags, "boxed" in \boxed{}, "hash" after `####`, "auto" the first of these that occurs; "last" the last number
+            anywhere, which pays for guessing.
+        strict: what counts if the place occurs more than once: nothing, or (false) the last one, or the last number.
     """
     if expression is None:
         return None

@@ -21,6 +21,9 @@ def brevity(
     Being short is worth something only to an answer that is right, and only against answers that are right: however
     short a wrong one is, it neither gains nor moves the others. Right answers of one length (or a single one) get 1.0.
     None for all where the column `answer` is null; `answer`, `extract` and `strict` are those of the reward accuracy.
+
+    Args:
+        unit: what is counted; tokens are all sampled ids.
     """
     if answer is None:
         return [None] * len(group.completions)

@@ -19,12 +19,17 @@ def choice(
     extract: Literal["auto", "hash", "boxed", "xml", "none"] = "auto",
     strict: bool = True,
 ) -> float | None:
-    """1.0 if the final answer is the letter in the column `answer` (or one of a list), else 0.0; None where null.
+    r"""1.0 if the final answer is the letter in the column `answer` (or one of a list), else 0.0; None where null.
 
     The answer may be written B, b, (B), B), B., **B**, `Option B` or with the choice's text after it (`B) 12 km`).
     Exactly one letter must be chosen: `A or B` and `A) B) C)` are no choice. The places are those of the reward
     accuracy. With `strict: false` a completion without such a place is read for the last `answer is B` or, failing
     that, the last letter that stands in brackets; a bare A may be an article and never counts there.
+
+    Args:
+        letters: the letters that can be chosen.
+        extract: "xml" in <answer> tags, "boxed" in \boxed{}, "hash" after `####`, "auto" the first of these that occurs; "none" the whole
+            completion.
     """
     if answer is None:
         return None

@@ -38,8 +38,12 @@ def classifier(
 
     A group's completions are scored in batches of `batch_size` on `device`, in float32 without dropout; the model is
     loaded once. Of a text of more than `max_tokens` tokens (or than the tokenizer allows) its `cut` is not read: what
-    is written there is not rewarded and not punished. A policy learns what the classifier likes and not what it
+    is written there is not rewarded and not punished. Special tokens that a completion spells out, such as [SEP], are
+    read as text. A policy learns what the classifier likes and not what it
     means; watch a measure that the classifier does not see.
+
+    Args:
+        output: the "probability" of the label, or its "logit".
     """
     if not model:
         raise ValueError("classifier needs the option model: a folder or a hub id")
@@ -62,7 +66,7 @@ def classifier(
 
 def _encoded(loaded: _Loaded, prompt: str | None, texts: list[str], max_tokens: int, cut: str) -> Any:
     loaded.tokenizer.truncation_side = "right" if cut == "end" else "left"
-    clean = [text.encode("utf-8", "replace").decode() for text in texts]  # half a character is no text
+    clean = [_inert(loaded, text.encode("utf-8", "replace").decode()) for text in texts]  # half a character is no text
     first, second = (clean, None) if prompt is None else ([prompt] * len(clean), clean)
     # of a pair only the completion is cut
     strategy = "longest_first" if prompt is None else "only_second"
@@ -70,6 +74,14 @@ def _encoded(loaded: _Loaded, prompt: str | None, texts: list[str], max_tokens: 
     return loaded.tokenizer(
         first, second, padding=len(clean) > 1, truncation=strategy, max_length=limit, return_tensors="pt"
     )
+
+
+def _inert(loaded: _Loaded, text: str) -> str:
+    """With a space in every special token that a completion spells out: it would be read as a mark of the model's own."""
+    for token in loaded.tokenizer.added_tokens_decoder.values():
+        if token.special:
+            text = text.replace(token.content, f"{token.content[:1]} {token.content[1:]}")
+    return text
 
 
 def _index(names: tuple[str, ...], label: str | int | None) -> int:

@@ -20,13 +20,17 @@ def countdown(
     attempt: float = 0.0,
     extract: Literal["auto", "hash", "boxed", "xml", "none"] = "xml",
 ) -> float:
-    """1.0 if the answer is a sum over the column `nums` that comes to the column `target`, else 0.0.
+    r"""1.0 if the answer is a sum over the column `nums` that comes to the column `target`, else 0.0.
 
     Allowed are + - * / between numbers, and brackets; every given number once (`use_all: false`: at most once), no
     others, none joined (1 and 2 are not 12), no signs of its own (-3). Divisions are exact. `= target` may stand
     behind the sum; what stands there must be true. The answer must stand in its place exactly once, as in the reward
     accuracy. `attempt` is what a sum of the right numbers with another value gets. The text is parsed by
     `grpo_lab.expressions` and never run.
+
+    Args:
+        extract: "xml" in <answer> tags, "boxed" in \boxed{}, "hash" after `####`, "auto" the first of these that occurs; "none" the whole
+            completion.
     """
     found = final_answers(completion.text, place=extract)
     sum_found = _sum(plain_answer(found[0])) if found else None

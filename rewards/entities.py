@@ -30,6 +30,10 @@ def entities(
     A completion with anything else in it, or with another number of tags than words, scores 0; where there are no
     entities, only saying so is right. Over a corpus take `grpo_lab.text_metrics.corpus_entity_f1`: F1 is not a mean.
     The entities are the whole completion, or what stands in <answer> tags ("xml"), after `####` ("hash") or in \boxed{}.
+
+    Args:
+        form: how entities are written: "lines", "json" or "tags", as above.
+        extract: "none" the whole completion, "xml" in <answer> tags, "hash" after `####`, "boxed" in \boxed{}; the last such place.
     """
     text = extracted(completion.text, extract)
     if form == "tags":

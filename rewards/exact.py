@@ -24,6 +24,13 @@ def exact(
 
     White space is squeezed, and what only dresses an answer up ($, **, \text{}, a full stop at the end) is taken off
     both sides; 18 and 18.0 differ. The places are those of the reward accuracy, and "none" takes the whole completion.
+
+    Args:
+        extract: "xml" in <answer> tags, "boxed" in \boxed{}, "hash" after `####`, "auto" the first of these that occurs; "none" the whole
+            completion.
+        strict: what counts if the place occurs more than once: nothing, or (false) the last one, or the last number.
+        ignore_case: whether new york is New York.
+        ignore_punctuation: whether punctuation is left out on both sides.
     """
     if answer is None:
         return None

@@ -31,6 +31,12 @@ def format(  # noqa: A001 - the file's name is the reward's name
     `credit` says what a part of it is worth: "all" nothing; "graded" 0.5 for a completion that is well-formed but for
     text around it; "count" (tags only) the share of opening and closing tags that stand there exactly once, with
     nothing taken off for text elsewhere: a way up for a model that has none of them, but easily had, so keep it small.
+
+    Args:
+        style: "tags", "hash", "boxed" or "regex", as above.
+        tags: the tags' names in their order, with style tags: [reasoning, answer] for the other usual pair.
+        pattern: a Python regular expression, with style regex.
+        credit: "all" pays for the whole form only, "graded" half for one with text around it, "count" for single tags.
     """
     text = completion.text.strip()
     if style == "tags":

@@ -41,6 +41,10 @@ def json(
     The JSON is the whole completion, or what stands in <answer> tags ("xml"); with `fenced` a Markdown code fence
     around all of it is taken off. Refused as in RFC 8259, and where readers disagree: NaN and Infinity, keys that stand
     twice, numbers too large for a float, more than 100 levels, a text after the end.
+
+    Args:
+        schema: the JSON schema that it must conform to; null takes any object or list.
+        extract: "none" the whole completion, "xml" what stands in <answer> tags.
     """
     text = extracted(completion.text, extract)
     if text is None:

@@ -96,6 +96,12 @@ def judge(
     unusable reply is tried again after `backoff_seconds`, then twice that, and so on (or what Retry-After says, up to
     `timeout_seconds`), `tries` times in all. If one answer of a group cannot be judged, the group's reward fails and
     nothing is 0. A judge rewards what pleases it; a server's replies may differ between runs, so then does the run.
+
+    Args:
+        model: the name that the server knows; it must be given.
+        rubric: what is judged, in words; it stands in the template's place {rubric}.
+        max_tokens: the most tokens of a reply.
+        temperature: that of the judge; 0 is as repeatable as the server allows.
     """
     if not model:
         raise ValueError("judge needs the option model: the name that the server knows")

@@ -23,6 +23,9 @@ def label(
     quotes and a full stop do not matter. Strict: the answer is the label and nothing else. `strict: false` takes the
     one label that stands in it as a whole word; two different ones score 0, but "not positive" is read as positive.
     The answer is the whole completion, or what stands in <answer> tags ("xml"), after `####` ("hash") or in \boxed{}.
+
+    Args:
+        extract: "none" the whole completion, "xml" in <answer> tags, "hash" after `####`, "boxed" in \boxed{}; the last such place.
     """
     if len(labels) < 2:
         raise ValueError("label needs the option labels: all labels there are, at least two")

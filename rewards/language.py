@@ -56,6 +56,10 @@ def language(
     language of every sentence (`pip install "grpo-lab[metrics]"`), short ones together until they have 20 letters; of
     what remains only the script counts. Languages are ISO 639-1 codes. A completion without letters gets 0: it is a
     penalty to set beside a reward, and pays for nothing.
+
+    Args:
+        language: the language that is wanted, as an ISO 639-1 code.
+        by: "script" compares alphabets, "model" has py3langid name the language of sentences.
     """
     expected = _SCRIPTS.get(language, frozenset({"LATIN"}) if _LATIN.fullmatch(language) else None)
     if expected is None:

@@ -21,6 +21,10 @@ def length(
     "longer" only what is missing, so nothing is gained by going on beyond it. Tokens are all sampled ids, the
     end-of-sequence token included; they are never counted by characters or by chat messages. `scale` is in the same
     unit; null takes the target itself.
+
+    Args:
+        goal: "target", "shorter" or "longer", as above.
+        unit: what is counted.
     """
     size = len(completion.token_ids if unit == "tokens" else completion.text)
     divisor = target if scale is None else scale

@@ -19,12 +19,17 @@ def numeric(
     extract: Literal["auto", "hash", "boxed", "xml", "last"] = "auto",
     strict: bool = True,
 ) -> float | None:
-    """1.0 if the final answer is a number at most `tolerance` (or `relative` times the gold) away from it, else 0.0.
+    r"""1.0 if the final answer is a number at most `tolerance` (or `relative` times the gold) away from it, else 0.0.
 
     None where the column `answer` is null; it holds a number, or a list of which any will do. Only numbers count (also
     1,080, 1/2, 50% and 12 cm, by the rules of the reward accuracy but without math-verify): no formulas, no infinity.
     With `integer` the answer must be a whole number (18.0 is). A percent sign makes 50% the number 0.5. Both bounds
     are inclusive; the wider one holds.
+
+    Args:
+        extract: "xml" in <answer> tags, "boxed" in \boxed{}, "hash" after `####`, "auto" the first of these that occurs; "last" the last number
+            anywhere, which pays for guessing.
+        strict: what counts if the place occurs more than once: nothing, or (false) the last one, or the last number.
     """
     if min(tolerance, relative) < 0:
         raise ValueError(f"numeric needs tolerances of 0 or more, got {tolerance} and {relative}")

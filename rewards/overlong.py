@@ -10,6 +10,10 @@ def overlong(completion: Completion, *, max_length: int | None = None, buffer: i
 
     DAPO (arXiv:2503.14476), eq. 13: ((max_length - buffer) - n) / buffer in between, -1 beyond. n counts all sampled
     ids, the end-of-sequence token included. The preset `dapo` adds this reward by itself (`overlong_buffer`).
+
+    Args:
+        max_length: the sampling's max_completion_length, in tokens; it must be given.
+        buffer: over how many tokens before it the penalty falls; it must be given.
     """
     if max_length is None or buffer is None or not 0 < buffer <= max_length:
         raise ValueError(

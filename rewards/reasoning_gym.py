@@ -80,6 +80,9 @@ def reasoning_gym(
 
     Sets whose scorers execute text, hang, or cannot be trusted otherwise are refused with the reason; the list
     is at the top of this file.
+
+    Args:
+        extract: "none" the whole completion, "xml" in <answer> tags, "hash" after `####`, "boxed" in \boxed{}; the last such place.
     """
     name = metadata.get("source_dataset")
     if name not in SAFE:

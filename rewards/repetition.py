@@ -20,6 +20,10 @@ def repetition(
     Tokens need no spaces between words, so loops count in any language; words are told apart by white space, whatever
     their case. `free` is the share that costs nothing (what is above it is stretched to -1): honest text repeats
     itself, too; in GSM8K's own solutions 2 % of the 4-grams of words are repeats. Less than n units is no repetition.
+
+    Args:
+        n: how many units make an n-gram.
+        unit: what is counted: sampled ids, words between white space, or characters.
     """
     if n < 1 or not 0 <= free < 1:
         raise ValueError(f"repetition needs n of at least 1 and free from 0 to below 1, got {n} and {free}")

@@ -24,6 +24,9 @@ def token_f1(
 
     The answer is the whole completion, or what stands in <answer> tags ("xml"), after `####` ("hash") or in \boxed{}
     ("boxed"): the last such place. A completion without that place scores 0, also where no answer is right.
+
+    Args:
+        extract: "none" the whole completion, "xml" in <answer> tags, "hash" after `####`, "boxed" in \boxed{}; the last such place.
     """
     found = extracted(completion.text, extract)
     if found is None:

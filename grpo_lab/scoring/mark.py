@@ -161,6 +161,7 @@ class Reward:
             },
             "columns": list(self.columns),
             "doc": self.doc,
+            "manual": (inspect.getdoc(self.function) or "").partition("\n\nArgs:")[0],
             "range": None if self.range is None else [end if math.isfinite(end) else None for end in self.range],
             "state": (isinstance(self.function, Stateful) and "kept") or ("lost" if self.may_keep_state else "none"),
             "source": self.source,

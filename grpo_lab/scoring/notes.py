@@ -5,6 +5,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+from torch import Tensor
+
 from grpo_lab.types import Progress
 
 
@@ -42,10 +45,10 @@ class Notes:
     logged: dict[str, list[float]] = field(default_factory=dict)
 
     def log_extra(self, column: str, values: Sequence[Any]) -> None:
-        """Store a value per completion beside the rollouts. Whatever JSON cannot say is stored as text."""
+        """Store a value per completion beside the rollouts. What JSON cannot say is stored as text, but for numpy's numbers."""
         if len(values) != self.num_completions:
             raise ValueError(f'log_extra: "{column}" has {len(values)} values for {self.num_completions} completions')
-        self.extra[str(column)] = json.loads(json.dumps(list(values), default=str))
+        self.extra[str(column)] = json.loads(json.dumps(list(values), default=_plain))
 
     def log_metric(self, name: str, value: float | int) -> None:
         """Log a number of this call; a step's metric is the mean over its calls."""
@@ -70,6 +73,10 @@ class Notes:
         for name, numbers in plain["logged"].items():
             for number in numbers:
                 self.log_metric(name, number)
+
+
+def _plain(value: Any) -> Any:
+    return value.item() if isinstance(value, Tensor | np.ndarray | np.generic) and value.ndim == 0 else str(value)
 
 
 def notes_of(arguments: Mapping[str, Any]) -> Notes | None:

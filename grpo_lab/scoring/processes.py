@@ -86,7 +86,7 @@ class WorkerProcess:
         self._output = tempfile.TemporaryFile("a+b")  # noqa: SIM115 - as long as the process
         self._number = _nursery().fork(theirs, self._output.fileno())
         theirs.close()
-        self._buffer = b""
+        self._buffer = self._end_of_output = b""
         self.ready = False
         self.deadline = time.monotonic() + LOAD_SECONDS
         self._send(self.order)
@@ -138,14 +138,18 @@ class WorkerProcess:
         self._start()
 
     def trim(self) -> None:
-        """Keep endless output from filling the disk."""
+        """Keep endless output from filling the disk: only its end is remembered."""
         if os.fstat(self._output.fileno()).st_size > 16 * MAX_OUTPUT:
-            self._output.truncate(0)
+            self._end_of_output = self._take_output()
 
     def output(self) -> str:
         """What it printed since the last time; the end of it, if that was much."""
-        size = os.fstat(self._output.fileno()).st_size
-        self._output.seek(max(0, size - MAX_OUTPUT))
-        text = self._output.read().decode(errors="replace")
+        printed = (self._end_of_output + self._take_output())[-MAX_OUTPUT:]
+        self._end_of_output = b""
+        return printed.decode(errors="replace")
+
+    def _take_output(self) -> bytes:
+        self._output.seek(max(0, os.fstat(self._output.fileno()).st_size - MAX_OUTPUT))
+        printed = self._output.read()
         self._output.truncate(0)
-        return text
+        return printed

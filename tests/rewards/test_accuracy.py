@@ -103,6 +103,52 @@ def test_mathematics_and_words(text, answer, expected):
     assert score(text, answer) == expected
 
 
+@pytest.mark.parametrize(
+    "text, answer, expected",
+    [
+        # wrong answers that were paid
+        adversarial(r"<answer>\boxed{1} \boxed{12}</answer>", "12", 0.0, id="two-boxes-in-one-tag"),
+        adversarial(r"\boxed{2^3}", "8", 0.0, id="a-power-not-worked-out"),
+        adversarial(r"\boxed{\sqrt{144}}", "12", 0.0, id="a-root-not-worked-out"),
+        adversarial(r"\boxed{\binom{4}{2}}", "6", 0.0, id="a-binomial-not-worked-out"),
+        adversarial(r"\boxed{\gcd(12, 24)}", "12", 0.0, id="a-divisor-not-worked-out"),
+        adversarial(r"\boxed{\max(1, 2, 3)}", "3", 0.0, id="the-largest-of-many-guesses"),
+        adversarial(r"\boxed{\lfloor 12.5 \rfloor}", "12", 0.0, id="not-rounded"),
+        adversarial(r"\boxed{2}", "2ab", 0.0, id="a-product-of-letters-is-no-unit"),
+        adversarial(r"\boxed{x + 3}", "x+3h", 0.0, id="nor-is-a-letter-behind-a-sum"),
+        adversarial(r"\boxed{2ab}", "2", 0.0, id="nor-are-letters-added-to-a-number"),
+        adversarial(r"\boxed{2\sqrt{3}\text{ cm}}", r"2\sqrt{3}\text{ m}", 0.0, id="units-exchanged-behind-a-root"),
+        adversarial(r"\boxed{2 \log x}", "2", 0.0, id="a-function-is-no-unit"),
+        adversarial(r"\boxed{(1,2)}", r"\{1,2\}", 0.0, id="an-interval-is-no-set"),
+        adversarial("#### 12 plus one", "12", 0.0, id="a-sum-in-words"),
+        adversarial("#### 12 over five", "12", 0.0, id="a-fraction-in-words"),
+        adversarial("#### 12 hundredths", "12", 0.0, id="a-share-in-words"),
+        adversarial("#### 12 maybe", "12", 0.0, id="not-sure"),
+        adversarial("#### 12 is wrong", "12", 0.0, id="taken-back"),
+        adversarial("#### 1–2", "-2", 0.0, id="a-range-with-a-dash"),
+        adversarial("#### ½2", "1/22", 0.0, id="a-fraction-sign-in-a-number"),
+        # right answers that were refused
+        adversarial(r"\boxed{25\text{ m/s}}", "25", 1.0, id="metres-a-second"),
+        adversarial("#### 60 miles/hour", "60", 1.0, id="miles-an-hour"),
+        adversarial("#### $12/hour", "12", 1.0, id="dollars-an-hour"),
+        adversarial("#### 25 km/h", "25 km per h", 1.0, id="per-is-a-stroke"),
+        adversarial(r"\boxed{1\,234\,567}", "1234567", 1.0, id="thin-spaces-between-thousands"),
+        adversarial("#### 12\u202f345", "12345", 1.0, id="narrow-spaces-between-thousands"),
+        adversarial(r"\boxed{{12}}", "12", 1.0, id="braces-in-the-box"),
+        adversarial("#### –3", "-3", 1.0, id="a-dash-for-a-minus"),
+        adversarial("#### 2½", "2.5", 1.0, id="a-fraction-sign"),
+        adversarial(r"\boxed{\varnothing}", r"\emptyset", 1.0, id="the-other-empty-set"),
+        adversarial(r"\boxed{2ba}", "2ab", 1.0, id="letters-in-another-order"),
+        adversarial(r"\boxed{6\pi\text{ cm}^2}", r"6\pi", 1.0, id="a-unit-behind-pi"),
+        adversarial(r"\boxed{2\sqrt{3}}", r"2\sqrt{3}\text{ cm}", 1.0, id="a-unit-left-out-behind-a-root"),
+        adversarial(r"\boxed{10^6}", "1000000", 1.0, id="a-power-of-ten-is-a-number"),
+        adversarial(r"\boxed{\displaystyle\frac{-1}{2}}", "-0.5", 1.0, id="dressed-up-fraction"),
+    ],
+)
+def test_what_a_hostile_reader_tried(text, answer, expected):
+    assert score(text, answer) == expected
+
+
 @pytest.mark.parametrize("answer", [r"9^{9^{9^9}}", "(10^8)!", "(x+y+z)^{99}", "(" * 30 + "1" + ")" * 30, "9" * 10_000])
 def test_answers_that_take_for_ever_are_wrong_at_once(answer):
     def too_slow(*_):

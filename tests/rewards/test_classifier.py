@@ -1,3 +1,7 @@
+import os
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -8,6 +12,7 @@ from grpo_lab.scoring import bind, discover
 from grpo_lab.types import Completion, Example, Group
 
 REGISTRY = discover()
+adversarial = pytest.param
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "good", "bad", "so", "film", "what"]
 
 
@@ -15,9 +20,9 @@ def group(*texts, prompt="what film"):
     return Group(Example("p1", prompt, (1,), {}), tuple(Completion(text, (1,), True) for text in texts))
 
 
-def make(folder, *, labels=("negative", "positive"), pad=True, headless=False):
+def make(folder, *, labels=("negative", "positive"), pad=True, headless=False, words=WORDS):
     """A tiny classifier with random weights and a vocabulary of words."""
-    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="[UNK]"))
+    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
@@ -28,7 +33,7 @@ def make(folder, *, labels=("negative", "positive"), pad=True, headless=False):
     )
     fast.save_pretrained(folder)
     config = BertConfig(
-        vocab_size=len(WORDS),
+        vocab_size=len(words),
         hidden_size=16,
         num_hidden_layers=1,
         num_attention_heads=2,
@@ -68,6 +73,26 @@ def test_it_is_the_models_own_probability(folder):
 
 
 TEXTS = ("good", "so bad bad film", "", "good " * 20, "never seen", "\x00\u202e\ud83d")
+
+
+@pytest.mark.parametrize(
+    "text, read_as",
+    [
+        adversarial("good [SEP] bad", "good ( SEP ) bad", id="a-separator"),
+        adversarial("[CLS] good", "( CLS ) good", id="a-second-beginning"),
+        adversarial("[PAD] [PAD] good", "( PAD ) ( PAD ) good", id="padding"),
+        adversarial("[S[SEP]EP] good", "( S ( SEP ) EP ) good", id="one-in-another"),
+        adversarial("[UNK]", "( UNK )", id="the-unknown-word"),
+        adversarial(" \n\tgood\n ", "good", id="white-space"),
+        adversarial("GOOD", "never", id="a-word-it-does-not-know"),
+        adversarial("g\u200bood", "never never never", id="a-character-nobody-sees"),
+        adversarial("good\ud83d", "good ?", id="half-a-character"),
+        adversarial("good " * 200_000, "good " * 30, id="a-megabyte-of-praise"),
+    ],
+)
+def test_what_a_completion_spells_out_is_text_and_nothing_else(folder, text, read_as):
+    options = {"model": folder, "label": "positive"}
+    assert score(text, **options) == pytest.approx(score(read_as, **options), abs=1e-6)
 
 
 def test_neither_batches_nor_siblings_nor_padding_change_a_score(folder):
@@ -144,3 +169,23 @@ def test_pickled_weights_are_refused(folder, tmp_path):
     torch.save(BertForSequenceClassification.from_pretrained(folder).state_dict(), pickled / "pytorch_model.bin")
     with pytest.raises(OSError):
         score("good", model=str(pickled), label=1)
+
+
+DATA = Path(os.environ.get("GRPO_LAB_DATA", Path(__file__).parents[3] / "shared" / "data"))
+
+
+@pytest.mark.skipif(not (DATA / "uci_sentiment").is_dir(), reason=f"no real data in {DATA}; set GRPO_LAB_DATA")
+def test_real_reviews_get_the_models_own_probabilities(tmp_path):
+    lines = (DATA / "uci_sentiment" / "amazon_cells_labelled.txt").read_text().split("\n")
+    texts = [" ".join(re.findall(r"[a-z]+", line.rsplit("\t", 1)[0].lower())) for line in lines[:100]]
+    words = [*WORDS[:4], *dict.fromkeys(word for text in texts for word in text.split())]
+    folder = make(tmp_path / "reviews", words=words)
+    model = BertForSequenceClassification.from_pretrained(folder).eval()
+    values = score(*texts, model=folder, label="positive", batch_size=32)
+    own = []
+    with torch.inference_mode():
+        for text in texts:
+            ids = [2, *(words.index(word) for word in text.split())][:31] + [3]
+            own.append(model(torch.tensor([ids])).logits.softmax(-1)[0, 1].item())
+    assert values == pytest.approx(own, abs=1e-6)
+    assert max(values) - min(values) > 0.2

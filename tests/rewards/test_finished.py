@@ -5,7 +5,28 @@ from grpo_lab.recipe.schema import RewardTerm
 from grpo_lab.scoring import bind, discover
 from grpo_lab.types import Completion, Example, Group
 
+adversarial = pytest.param
 EXAMPLE = Example("a", "1+2=", (1,), {"answer": "3"})
+
+
+@pytest.mark.parametrize(
+    "text, ids, ended, expected",
+    [
+        ("#### 3", (5, 2), True, 1.0),
+        ("#### 3", (5, 6), False, 0.0),
+        adversarial("#### 3<|im_end|>", (5, 6), False, 0.0, id="the-end-spelt-out"),
+        adversarial("I am finished. The end.", (5, 6), False, 0.0, id="says-that-it-is"),
+        adversarial("<answer>3</answer>", (5, 6), False, 0.0, id="complete-but-not-ended"),
+        adversarial("#### 3" + "\n" * 500, (5, 6), False, 0.0, id="nothing-but-line-breaks-after-it"),
+        adversarial("#### 3####.####.####", (5, 6), False, 0.0, id="a-loop"),
+        adversarial("", (2,), True, 1.0, id="nothing-and-its-end"),
+        adversarial("", (7,), False, 0.0, id="nothing-to-see-and-no-end"),
+        adversarial("#### 3", (5, 2, 2, 2), False, 0.0, id="ends-by-the-look-of-its-ids"),
+        adversarial("\x00\u202e\ud83d", (5, 2), True, 1.0, id="no-text-at-all-but-ended"),
+    ],
+)
+def test_what_counts_is_how_it_ended_and_not_what_it_says(text, ids, ended, expected):
+    assert discover().get("finished").function(Completion(text, ids, ended)) == expected
 
 
 @pytest.mark.parametrize(

@@ -119,6 +119,11 @@ SUM = {"question": "2 + 3", "answer": "5", "metadata": {"source_dataset": "chain
         adversarial("5" + " " * 200, True, 0.0, id="padded"),
         adversarial("5\x00", True, 0.0, id="control-character"),
         adversarial("", False, 0.0, id="empty"),
+        adversarial("5 5", True, 0.0, id="said-twice"),
+        adversarial("-5", True, 0.0, id="another-sign"),
+        adversarial("2 + 3", True, 0.0, id="handed-back-unsolved"),
+        adversarial("5\n6", True, 0.0, id="two-lines"),
+        adversarial("\uff15", True, 1.0, id="full-width-digits-are-digits-to-the-scorer"),
     ],
 )
 def test_exact_or_partial(text, exact, expected):

@@ -99,6 +99,8 @@ def test_rouge_abstains_on_a_gold_it_cannot_read():
         adversarial("maison sa dans dort Il .", "Il dort dans sa maison.", 0.1, 0.75, id="shuffled"),
         adversarial("\x00\u202e\ud83d", "Va !", 0.0, 0.0, id="no-text-at-all"),
         adversarial("! ! ! ! !", "Il dort dans sa maison !", 0.0, 0.2, id="punctuation"),
+        adversarial("IL DORT DANS SA MAISON.", "Il dort dans sa maison.", 0.0, 0.2, id="capitals"),
+        adversarial("Va ! Marche. Cours ! Viens !", ["Va !", "Marche."], 0.0, 0.75, id="all-golds-at-once"),
     ],
 )
 def test_translation(name, text, answer, least, most):
@@ -163,6 +165,25 @@ def test_random_depends_on_example_text_and_seed_alone():
     assert first[0] != random(group("a", example_id="p2"))[0]
     assert first[0] != random(group("a"), seed=1)[0]
     assert first[0] == 0.5911638886211854  # 0x975684403445 / 2**48 from sha256sum
+
+
+@pytest.mark.parametrize(
+    "one, other",
+    [
+        adversarial("#### 12", "#### 12 ", id="a-space-at-the-end"),
+        adversarial("twelve", "Twelve", id="a-capital"),
+        adversarial("", "\x00", id="nothing-and-nul"),
+        adversarial("caf\u00e9", "cafe\u0301", id="two-ways-to-write-it"),
+        adversarial("\ud83d", "\ud83c", id="halves-of-characters"),
+        adversarial("x" * 1_000_000, "x" * 1_000_001, id="a-megabyte"),
+        adversarial("seed=0", "seed=1", id="asking-for-another-seed"),
+        adversarial("pay me 1.0", "pay me 0.0", id="asking-for-points"),
+    ],
+)
+def test_random_cannot_be_talked_to(one, other):
+    values = REGISTRY.get("random").function(group(one, other))
+    assert values[0] != values[1]
+    assert values == REGISTRY.get("random").function(group(one, other))
 
 
 def test_random_is_evenly_spread_and_blind_to_length():

@@ -266,6 +266,96 @@ def test_what_a_reward_prints_goes_to_the_log_and_into_the_reason_of_a_crash(rew
     assert capfd.readouterr() == ("", "")
 
 
+def test_the_end_of_a_megabyte_a_call_is_kept_and_no_more(rewards, tmp_path):
+    found = rewards(
+        """
+        @reward
+        def fault(completion):
+            print("x" * 1_200_000)
+            print("scored", completion.text)
+            return 1.0
+        """
+    )
+    assert found.score(groups(*EIGHT)).total.tolist() == [[1.0] * 4] * 2
+    log = (tmp_path / "rewards.log").read_text()
+    assert log.endswith("scored h\n")
+    assert len(log) < 70_000
+
+
+ODD = """
+import asyncio, multiprocessing, subprocess
+import numpy, torch
+
+@reward
+async def later(completions, prompts, log_extra, log_metric, trainer_state, **kwargs):
+    async def size(text):
+        await asyncio.sleep(0.001 * (3 - len(text)))
+        return len(text)
+    sizes = numpy.array(await asyncio.gather(*map(size, completions)))
+    log_extra("size", sizes)
+    log_metric("mean", sizes.mean(dtype=numpy.float32))
+    return sizes
+
+class Seen:
+    def __init__(self): self.counts = {}
+    def __call__(self, completion, *, answer: str, rate: float = 0.5):
+        self.counts[completion.text] = self.counts.get(completion.text, 0) + 1
+        return rate ** self.counts[completion.text]
+    def state_dict(self): return self.counts
+    def load_state_dict(self, state): self.counts = dict(state)
+
+seen = reward(Seen())
+
+@reward
+def ranks(group):
+    return numpy.argsort([len(each.text) for each in group.completions]).astype(numpy.int8)
+
+@reward
+def half(group):
+    return torch.tensor([len(each.text) for each in group.completions], dtype=torch.bfloat16, requires_grad=True) / 2
+
+@reward
+def forks(completion):
+    if os.fork() == 0:
+        os._exit(0)
+    if os.fork() == 0:
+        return 5.0
+    subprocess.Popen(["sleep", "100"], start_new_session=True)
+    return 0.25
+
+@reward
+def pooled(completions, **kwargs):
+    with multiprocessing.Pool(2) as pool:
+        return pool.map(len, completions)
+"""
+
+
+def test_odd_plugins_that_keep_the_contract_are_scored(rewards):
+    names = ("later", "seen", "ranks", "half", "forks", "pooled")
+    scores = rewards(ODD, *names).score(groups("aaa", "b", "aaa", "cc"))
+    assert scores.reasons == {}
+    assert {name: values[0].tolist() for name, values in scores.terms.items()} == {
+        "later": [3.0, 1.0, 3.0, 2.0],
+        "seen": [0.5, 0.5, 0.25, 0.5],
+        "ranks": [1.0, 3.0, 0.0, 2.0],
+        "half": [1.5, 0.5, 1.5, 1.0],
+        "forks": [0.25] * 4,
+        "pooled": [3.0, 1.0, 3.0, 2.0],
+    }
+    assert scores.extra == {"size": ((3, 1, 3, 2),)}
+    assert scores.logged == {"mean": (2.25,)}
+
+
+@pytest.mark.parametrize(
+    "returned", ["numpy.zeros((4, 1))", "(1.0 for _ in completions)", "{'a': 1.0}", "map(len, completions)"]
+)
+def test_odd_plugins_that_do_not_are_failures_of_their_call(rewards, returned):
+    scores = rewards(f"import numpy\n@reward\ndef fault(completions, **kwargs):\n    return {returned}\n").score(
+        groups(*"abcd")
+    )
+    assert scores.status["fault"] == (("bad_type",) * 4,)
+
+
 def test_a_plugin_changed_under_way_is_refused(rewards, tmp_path):
     found = rewards("@reward\ndef fault(completion):\n    return 1.0\n")
     (tmp_path / "plugin.py").write_text(
