@@ -6,7 +6,7 @@ default of its own.
 
 from grpo_lab.recipe.schema.algorithm import Algorithm, ReferenceRefresh
 from grpo_lab.recipe.schema.block import Block, Fraction
-from grpo_lab.recipe.schema.data import Answer, Data
+from grpo_lab.recipe.schema.data import Answer, Classes, Cut, Data, Gathered, Partition, Questions, Tagged
 from grpo_lab.recipe.schema.grpo import GrpoStage
 from grpo_lab.recipe.schema.model import Lora, Model, Quantization, StageModel, TokenizerBuild
 from grpo_lab.recipe.schema.recipe import Recipe, Stage, Tracking, Wandb
@@ -20,14 +20,19 @@ __all__ = [
     "Answer",
     "Block",
     "Checkpoint",
+    "Classes",
+    "Cut",
     "Data",
     "Evaluation",
     "Fraction",
+    "Gathered",
     "GrpoStage",
     "Lora",
     "Model",
     "Optimizer",
+    "Partition",
     "Quantization",
+    "Questions",
     "Recipe",
     "ReferenceRefresh",
     "RewardTerm",
@@ -36,6 +41,7 @@ __all__ = [
     "Stage",
     "StageBase",
     "StageModel",
+    "Tagged",
     "TokenizerBuild",
     "Tracking",
     "Wandb",
