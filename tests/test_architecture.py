@@ -21,7 +21,7 @@ FLOORS = [
     {"batching", "evaluate"},
     {"engines"},
     {"stages"},
-    {"assemble", "pipeline", "inspection", "summary", "finished", "estimate", "card", "publish"},
+    {"assemble", "pipeline", "inspection", "summary", "finished", "estimate", "card", "publish", "baselines"},
     {"compare", "bench"},
     {"commands", "cli", "cli_rewards"},
 ]
