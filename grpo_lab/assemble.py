@@ -21,8 +21,10 @@ from grpo_lab.data.examples import (
 from grpo_lab.data.shapes import label_map
 from grpo_lab.data.sources import Rows, load_rows
 from grpo_lab.data.stream import Mapped, PromptStream, Stream
-from grpo_lab.data.tokenizer import build_tokenizer, with_chatml
+from grpo_lab.data.templates import TEMPLATES, with_template
+from grpo_lab.data.tokenizer import build_tokenizer
 from grpo_lab.engines.trl_config import require_trl, unsupported
+from grpo_lab.engines.trl_sft_config import unsupported_sft
 from grpo_lab.errors import RecipeError
 from grpo_lab.policy.load import context_length, eos_ids, generation_config, load_tokenizer, model_config
 from grpo_lab.recipe import LoadedRecipe, Recipe, SourceMap
@@ -197,17 +199,31 @@ class Builder:
         return self.found.attempt(loc, lambda: build(name, stage, loc))
 
     def _sft(self, name: str, stage: SftStage, loc: Loc) -> SftPlan | None:
+        if stage.engine == "trl":
+            require_trl()
+            for key, problem in unsupported_sft(stage, self.recipe.model_of(stage)):
+                self.found.add((*loc, *key), problem)
         rows = self._training_rows(stage, stage.data, loc)
         held_out: Sequence[TrainingRow] = ()
         if stage.evaluation is not None:
             data, at = stage.evaluation.data, (*loc, "evaluation")
             held_out = self.found.attempt(at, lambda: _finite(self._training_rows(stage, data, at))) or ()
-        stream = PromptStream(rows, stage.batch_size, seed=derive_seed(self.recipe.seed, name, "order"))
-        return None if self.found.found else SftPlan(name, stage, stream, held_out)
+        if self.found.found:
+            return None
+        lengths = [row.num_tokens for row in rows] if stage.group_by_length else None  # type: ignore[union-attr]
+        seed = derive_seed(self.recipe.seed, name, "order")
+        return SftPlan(name, stage, PromptStream(rows, stage.batch_size, seed=seed, lengths=lengths), held_out)
 
     def _training_rows(self, stage: SftStage, data: Data, loc: Loc) -> Mapped[TrainingRow] | Stream[TrainingRow]:
-        length = min(stage.max_length or self.context_length, self.context_length)
-        rows = training_rows(data, self.rows[loc], self.tokenizer, loss_on=stage.loss_on, max_length=length)
+        rows = training_rows(
+            data,
+            self.rows[loc],
+            self.tokenizer,
+            loss_on=stage.loss_on,
+            max_length=min(stage.max_length or self.context_length, self.context_length),
+            learn_turns=stage.learn_turns,
+            key_tokens=stage.key_tokens,
+        )
         for problem in check_training_rows(rows):
             self.found.add(loc, problem)
         return rows
@@ -249,13 +265,17 @@ class Builder:
 
 def make_tokenizer(recipe: Recipe, rows: dict[Loc, Rows], folder: Path | None) -> Any:
     """The tokenizer: from the run's folder, the recipe's path, or trained on the first stage's data."""
+    template = recipe.model.chat_template
     if folder is not None or not isinstance(recipe.model.tokenizer, TokenizerBuild):
         tokenizer = load_tokenizer(recipe.model, folder)
-        return with_chatml(tokenizer) if recipe.model.chat_template == "chatml" else tokenizer
+        return with_template(tokenizer, template) if template in TEMPLATES else tokenizer
     name, stage = next(iter(recipe.stages.items()))
     settings = recipe.model.tokenizer
     return build_tokenizer(
-        corpus(stage.data, rows["stages", name]), vocab_size=settings.vocab_size, split_digits=settings.split_digits
+        corpus(stage.data, rows["stages", name]),
+        vocab_size=settings.vocab_size,
+        split_digits=settings.split_digits,
+        template=template or "chatml",
     )
 
 

@@ -16,7 +16,7 @@ from grpo_lab.recipe import LoadedRecipe, resolved_yaml
 from grpo_lab.recipe.schema import GrpoStage
 from grpo_lab.scoring import start_nursery
 from grpo_lab.stages.grpo import run_grpo
-from grpo_lab.stages.plan import GrpoPlan, SftPlan
+from grpo_lab.stages.plan import SftPlan
 from grpo_lab.stages.running import Context, StopSignal
 from grpo_lab.stages.sft import run_sft
 from grpo_lab.tracking.console import ConsoleSink
@@ -87,7 +87,7 @@ def _run_stages(plan: Plan, run: RunFolder, files: JsonlSink, sinks: Sinks, stop
             verify_folder(folder.final)
             sinks.event(stage.name, stage.stage.steps, "info", "finished before, skipped", {})
         else:
-            if isinstance(stage, GrpoPlan) and stage.stage.engine == "trl":
+            if stage.stage.engine == "trl":
                 run.mark_inexact(INEXACT)
             context = Context(plan.recipe, plan.tokenizer, folder, start, files, sinks, stop, run.mark_inexact)
             if isinstance(stage, SftPlan):

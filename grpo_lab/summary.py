@@ -45,8 +45,10 @@ def stage_outcome(run: Path, name: str, stage: SftStage | GrpoStage) -> dict[str
         found |= {"held_out": held_out, "examples": pairs(before, after)}
         found |= {"signatures": corpus_signatures(greedy, of_corpus)}
     elif stage.evaluation is not None:
-        losses = [line["eval_loss"] for line in read_jsonl(folder.metrics) if "eval_loss" in line]
-        found |= {"eval_loss": {"before": losses[0], "after": losses[-1]}}
+        measured = [line for line in read_jsonl(folder.metrics) if "eval_loss" in line]
+        selected = read_json(folder.result).get("selected", measured[-1]["step"])
+        (final,) = (line for line in measured if line["step"] == selected)
+        found |= {"eval_loss": {"before": measured[0]["eval_loss"], "after": final["eval_loss"]}}
     return found
 
 

@@ -13,7 +13,10 @@ from grpo_lab.compare.gates import Check, as_json, first_failure, new_table, tab
 from grpo_lab.compare.parity import CASES, SHEET, Case, Parity, compare, partner, position_gap
 from grpo_lab.compare.recording import with_learnt_adapter
 from grpo_lab.compare.self_check import self_check
+from grpo_lab.compare.sft_parity import CASES as SFT_CASES
+from grpo_lab.compare.sft_parity import SftSubject, compare_sft
 from grpo_lab.engines.trl_config import differences
+from grpo_lab.engines.trl_sft_config import sft_differences
 from grpo_lab.errors import RecipeError, UsageError
 from grpo_lab.policy.load import load_policy
 from grpo_lab.recipe.presets import PRESETS
@@ -87,6 +90,17 @@ def parity_report(of: Subject) -> dict[str, Any]:
     }
 
 
+def sft_report(of: SftSubject) -> dict[str, Any]:
+    """Every case of a supervised stage."""
+    cases = [compare_sft(of, case) for case in SFT_CASES]
+    return {
+        **header(of),
+        "cases": [parity_json(each) for each in cases],
+        "by_design": sft_differences(of.stage),
+        "passed": all(each.first_failure is None for each in cases),
+    }
+
+
 def presets_report(of: Subject) -> dict[str, Any]:
     """Every preset with the recipe's model, data, rewards and sizes; where a preset has no KL, once more with one."""
     rows: list[dict[str, Any]] = []
@@ -125,7 +139,7 @@ def self_report(of: Subject, *, processes: int) -> dict[str, Any]:
     return {**header(of), "checks": as_json(found), "first_failure": failed, "passed": failed is None}
 
 
-def header(of: Subject) -> dict[str, Any]:
+def header(of: Subject | SftSubject) -> dict[str, Any]:
     """What was compared, and with which versions."""
     versions = {name: version(name) for name in ("grpo-lab", "trl", "torch", "transformers")}
     device = next(of.policy.model.parameters()).device.type
@@ -148,7 +162,7 @@ def by_design(of: Subject, stage: GrpoStage) -> list[str]:
 def parity_json(found: Parity) -> dict[str, Any]:
     """Plain values."""
     return {
-        "case": found.case.name,
+        "case": found.case,
         "against": found.against,
         "checks": as_json(found.checks),
         "first_failure": found.first_failure,

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 
-from grpo_lab.data.chat import CHATML
 from grpo_lab.data.examples import (
     TrainingRow,
     check_prompts,
@@ -15,6 +14,7 @@ from grpo_lab.data.examples import (
 )
 from grpo_lab.data.sources import load_rows
 from grpo_lab.data.stream import PromptStream, Stream
+from grpo_lab.data.templates import TEMPLATES
 from grpo_lab.data.tokenizer import build_tokenizer
 from grpo_lab.errors import RecipeError
 from grpo_lab.recipe.schema import Data
@@ -387,7 +387,7 @@ def test_a_row_that_cannot_be_learnt_is_named(training, row, settings, expected)
 
 
 def test_thinking_that_the_template_opens_is_not_learnt_twice(training, tokenizer):
-    tokenizer.chat_template = CHATML.replace("assistant\n' }}{% endif %}", "assistant\n<think>\n' }}{% endif %}")
+    tokenizer.chat_template = TEMPLATES["chatml"].text.replace("assistant\\n'", "assistant\\n<think>\\n'")
 
     assert len(training([{"q": "x", "a": "hm</think>y"}], prompt="q", completion="a")[0].learn) > 0
     assert problem(training, [{"q": "x", "a": "<think>hm</think>y"}], prompt="q", completion="a") == (

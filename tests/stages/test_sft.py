@@ -8,10 +8,10 @@ from rich.console import Console
 
 from grpo_lab.batching import pad_rows
 from grpo_lab.data.examples import TrainingRow
+from grpo_lab.engines.sft import measure_rows, negative_log_likelihood, training_batch
 from grpo_lab.pipeline import train_recipe
 from grpo_lab.policy.forward import completion_logps
 from grpo_lab.recipe import load
-from grpo_lab.stages.sft import evaluation_loss, negative_log_likelihood, training_batch
 from grpo_lab.tracking.files import read_jsonl
 from grpo_lab.types import LogpsAndEntropy
 
@@ -35,7 +35,7 @@ def test_every_learnt_token_weighs_the_same_and_no_other_weighs_anything(tiny_po
 def test_what_is_not_learnt_is_still_read(tiny_policy):
     """The tokens of another's turn are part of the context: other tokens there, another loss."""
     other = TrainingRow((11, 12, 13), (7, 15, 16, 8, 2), (True, False, False, True, True))
-    assert evaluation_loss(tiny_policy, [ROWS[2]], 9) != evaluation_loss(tiny_policy, [other], 9)
+    assert measure_rows(tiny_policy, [ROWS[2]], 9) != measure_rows(tiny_policy, [other], 9)
 
 
 def test_the_loss_is_the_mean_negative_log_probability_by_hand(tiny_policy):
@@ -44,7 +44,7 @@ def test_the_loss_is_the_mean_negative_log_probability_by_hand(tiny_policy):
     loss, sums = negative_log_likelihood(LogpsAndEntropy(logps, torch.zeros_like(logps)), batch)
     # halvings of learnt tokens: 1+2+1+1, 1+1, 2+1+0
     assert float(loss) == pytest.approx(10 / 9 * math.log(2))
-    assert sums == {}
+    assert (int(sums["tokens"]), float(sums["entropy"])) == (9, 0.0)
 
 
 @pytest.mark.parametrize("rows_at_once", [1, 2, 3, 64])
@@ -54,7 +54,7 @@ def test_the_held_out_loss_counts_tokens_not_rows_or_batches(tiny_policy, rows_a
         batch = pad_rows([row.prompt_ids], [0], [row.completion_ids], tiny_policy)
         logps = completion_logps(tiny_policy, batch, temperature=1.0)
         total -= float(logps[0][torch.tensor(row.learn)].double().sum())
-    found = evaluation_loss(tiny_policy, ROWS, rows_at_once)
+    found = measure_rows(tiny_policy, ROWS, rows_at_once)
     assert found["loss"] == pytest.approx(total / 9, rel=1e-6)
     assert found["perplexity"] == pytest.approx(math.exp(total / 9), rel=1e-6)
 
@@ -62,7 +62,7 @@ def test_the_held_out_loss_counts_tokens_not_rows_or_batches(tiny_policy, rows_a
 def test_measuring_switches_dropout_off(make_policy):
     policy = make_policy(attention_dropout=0.5)
     policy.model.train()
-    assert evaluation_loss(policy, ROWS, 2) == evaluation_loss(policy, ROWS, 2)
+    assert measure_rows(policy, ROWS, 2) == measure_rows(policy, ROWS, 2)
 
 
 RECIPE = """\

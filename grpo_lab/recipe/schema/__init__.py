@@ -8,14 +8,15 @@ from grpo_lab.recipe.schema.algorithm import Algorithm, ReferenceRefresh
 from grpo_lab.recipe.schema.block import Block, Fraction
 from grpo_lab.recipe.schema.data import Answer, Classes, Cut, Data, Gathered, Partition, Questions, Tagged
 from grpo_lab.recipe.schema.grpo import GrpoStage
-from grpo_lab.recipe.schema.model import Lora, Model, Quantization, StageModel, TokenizerBuild
+from grpo_lab.recipe.schema.model import SHIPPED_TEMPLATES, Lora, Model, Quantization, StageModel, TokenizerBuild
 from grpo_lab.recipe.schema.recipe import Recipe, Stage, Tracking, Wandb
 from grpo_lab.recipe.schema.rewards import RewardTerm, WeightSchedule
 from grpo_lab.recipe.schema.sampling import Sampling
-from grpo_lab.recipe.schema.sft import SftStage
+from grpo_lab.recipe.schema.sft import KeyTokens, Selection, SftStage
 from grpo_lab.recipe.schema.stage import Checkpoint, Evaluation, Optimizer, StageBase
 
 __all__ = [
+    "SHIPPED_TEMPLATES",
     "Algorithm",
     "Answer",
     "Block",
@@ -27,6 +28,7 @@ __all__ = [
     "Fraction",
     "Gathered",
     "GrpoStage",
+    "KeyTokens",
     "Lora",
     "Model",
     "Optimizer",
@@ -37,6 +39,7 @@ __all__ = [
     "ReferenceRefresh",
     "RewardTerm",
     "Sampling",
+    "Selection",
     "SftStage",
     "Stage",
     "StageBase",

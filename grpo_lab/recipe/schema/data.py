@@ -161,6 +161,8 @@ class Data(Block):
     """A column with chat messages: a list of {role, content}."""
     text: str | None = None
     """A column with plain text to learn as it is (supervised stages)."""
+    chunk_length: Annotated[int, Field(ge=2)] | None = None
+    """With `text`: join all texts, an end token after each, and learn pieces of so many tokens; null = text by text."""
     answer: Answer | None = None
     """The gold answer, for rewards and evaluation."""
     system_prompt: str | None = None
@@ -175,6 +177,8 @@ class Data(Block):
             raise ValueError(f"give exactly one of prompt, messages, text; found {', '.join(forms) or 'none'}")
         if self.completion is not None and self.prompt is None:
             raise ValueError("completion goes with prompt")
+        if self.chunk_length is not None and self.text is None:
+            raise ValueError("chunk_length goes with text")
         if self.system_prompt is not None and (not self.chat or self.text is not None):
             raise ValueError("system_prompt needs a chat prompt")
         if self.streaming and self.source not in ("hub", "file"):
