@@ -2,7 +2,7 @@ import pytest
 
 from grpo_lab.data.partition import part
 from grpo_lab.errors import RecipeError
-from grpo_lab.recipe.schema import Partition
+from grpo_lab.recipe.schema import Partition, SftStage
 
 ROWS = [{"text": f"t{n // 2}", "label": "rare" if n % 10 < 2 else "common"} for n in range(200)]  # texts come in pairs
 PARTS = ("train", "validation", "test")
@@ -48,3 +48,20 @@ def test_a_column_that_is_not_there_is_named():
 def test_shares_must_leave_something_to_learn_from():
     with pytest.raises(ValueError, match="leave nothing for train"):
         Partition(take="train", validation=0.5, test=0.5)
+
+
+def test_the_test_part_selects_no_model():
+    data = {"source": "file", "path": "rows.jsonl", "prompt": "q", "completion": "a"}
+    held_out = {**data, "partition": {"take": "test"}}
+    stage = {
+        "kind": "sft",
+        "data": data,
+        "batch_size": 2,
+        "steps": 2,
+        "optimizer": {"learning_rate": 0.1},
+        "selection": {},
+    }
+    with pytest.raises(ValueError, match="is the test split, which selects no model"):
+        SftStage.model_validate({**stage, "evaluation": {"data": held_out, "every": 1}})
+    held_out["partition"] = {"take": "validation"}
+    assert SftStage.model_validate({**stage, "evaluation": {"data": held_out, "every": 1}}).selection is not None
