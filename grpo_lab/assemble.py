@@ -8,6 +8,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, TypeVar
 
+from grpo_lab.corpus_metrics import KINDS
 from grpo_lab.data.chat import prefills_thinking, template_problems
 from grpo_lab.data.examples import (
     TrainingRow,
@@ -17,6 +18,7 @@ from grpo_lab.data.examples import (
     prompt_examples,
     training_rows,
 )
+from grpo_lab.data.shapes import label_map
 from grpo_lab.data.sources import Rows, load_rows
 from grpo_lab.data.stream import Mapped, PromptStream, Stream
 from grpo_lab.data.templates import TEMPLATES, with_template
@@ -37,8 +39,8 @@ Loc = tuple[str | int, ...]
 MAX_HASHED_ROWS = 10_000
 FOLDERS_OF_A_RUN = {"base", "plugins"}  # beside the stages' own
 
-# Every evaluation with gold answers reports both: a policy may learn to please one reading of its answers only.
-# They weigh nothing, so the reward stays the stage's own.
+# Every evaluation with gold answers reports both, unless the rewards name the task's own metric: a policy may learn to
+# please one reading of its answers only. They weigh nothing, so the reward stays the stage's own.
 ACCURACIES = (
     RewardTerm(name="accuracy", label="accuracy_strict", weight=0.0, options={"strict": True}),
     RewardTerm(name="accuracy", label="accuracy_lenient", weight=0.0, options={"strict": False}),
@@ -47,13 +49,17 @@ ACCURACIES = (
 
 @dataclass(frozen=True)
 class Plan:
-    """A checked recipe, ready to train. `hashes` are of data and reward sources, for refusing a changed resume."""
+    """A checked recipe, ready to train. `hashes` are of data and reward sources, for refusing a changed resume.
+
+    `labels` holds, for every stage whose data has classes or entity types, their sorted map from name to number.
+    """
 
     recipe: Recipe
     registry: Registry
     tokenizer: Any
     stages: tuple[SftPlan | GrpoPlan, ...]
     hashes: dict[str, Any]
+    labels: dict[str, dict[str, int]]
 
 
 class Problems:
@@ -111,6 +117,8 @@ def assemble(loaded: LoadedRecipe, *, tokenizer_folder: Path | None = None) -> P
     found.stop_if_any()
     assert registry is not None
     known = {loc: each for loc, each in rows.items() if each is not None}
+    labels = _label_maps(recipe, known, found)
+    found.stop_if_any()
 
     first: Loc = ("stages", next(iter(recipe.stages)))  # whose texts a new tokenizer is trained on
     built = tokenizer_folder is None and isinstance(recipe.model.tokenizer, TokenizerBuild)
@@ -141,7 +149,23 @@ def assemble(loaded: LoadedRecipe, *, tokenizer_folder: Path | None = None) -> P
             for term in stage.rewards.terms
         },
     }
-    return Plan(recipe, registry, tokenizer, tuple(stage for stage in stages if stage is not None), hashes)
+    return Plan(recipe, registry, tokenizer, tuple(stage for stage in stages if stage is not None), hashes, labels)
+
+
+def _label_maps(recipe: Recipe, rows: dict[Loc, Rows], found: Problems) -> dict[str, dict[str, int]]:
+    """The label map of every stage, from what it learns from; held-out rows must have no other labels."""
+    maps = {}
+    for name, stage in recipe.stages.items():
+        learnt = label_map(rows["stages", name], stage.data.shape)
+        if learnt is None:
+            continue
+        maps[name] = learnt
+        if stage.evaluation is not None:
+            at = ("stages", name, "evaluation")
+            new = sorted((label_map(rows[at], stage.evaluation.data.shape) or {}).keys() - learnt.keys())
+            if new:
+                found.add(at, f"data.shape: labels that the training rows do not have: {', '.join(new)}")
+    return maps
 
 
 def _check_order(recipe: Recipe, found: Problems) -> None:
@@ -216,7 +240,7 @@ class Builder:
             data, at = stage.evaluation.data, (*loc, "evaluation")
             held_out = self.found.attempt(at, lambda: _finite(self._examples(stage, data, at))) or ()
             columns = _columns(data, self.rows[at])
-            if "answer" in (columns or ()):
+            if "answer" in (columns or ()) and not any(term.name in KINDS for term in terms):
                 terms += ACCURACIES
             for _, problem in problems(terms, self.registry, columns):
                 self.found.add(at, problem)

@@ -122,7 +122,11 @@ def _open(plan: Plan, path: Path, recipe_text: str, *, going_on: bool) -> RunFol
     resolved = resolved_yaml(recipe.model_copy(update={"plugins": copies}))
     if not going_on:
         return RunFolder.create(
-            path, recipe_text=recipe_text, resolved_text=resolved, plugins=plugins, facts={"hashes": plan.hashes}
+            path,
+            recipe_text=recipe_text,
+            resolved_text=resolved,
+            plugins=plugins,
+            facts={"hashes": plan.hashes, "labels": plan.labels},
         )
     run = RunFolder.open(path)
     try:

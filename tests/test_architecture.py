@@ -16,12 +16,12 @@ PACKAGE = ROOT / "grpo_lab"
 # From the ground up. A name is a module or a folder of `grpo_lab`; a module imports from lower floors and its own folder.
 FLOORS = [
     {"types", "errors", "seeds", "padding", "bundled", "algorithm", "recipe", "attention", "sandbox"}
-    | {"text", "text_metrics", "answers", "expressions"},  # for authors of rewards
-    {"scoring", "policy", "sampling", "data", "tracking"},
+    | {"text", "text_metrics", "corpus_metrics", "answers", "expressions"},  # for authors of rewards
+    {"scoring", "policy", "sampling", "data", "tracking", "corpus_evaluation"},
     {"batching", "evaluate"},
     {"engines"},
     {"stages"},
-    {"assemble", "pipeline", "inspection", "summary", "finished", "estimate", "card", "publish"},
+    {"assemble", "pipeline", "inspection", "summary", "finished", "estimate", "card", "publish", "baselines"},
     {"compare", "bench"},
     {"commands", "cli", "cli_rewards"},
 ]

@@ -11,6 +11,8 @@ from grpo_lab.algorithm.intervals import bootstrap_interval
 from grpo_lab.compare.gates import new_table
 from grpo_lab.compare.picture import Curve, draw, sparkline
 from grpo_lab.compare.picture import bounds as bounds_of
+from grpo_lab.corpus_evaluation import corpus_differences, corpus_values
+from grpo_lab.corpus_metrics import CorpusMetric, corpus_metrics
 from grpo_lab.errors import UsageError
 from grpo_lab.recipe import Recipe, load_recipe
 from grpo_lab.recipe.resolved import difference
@@ -68,7 +70,8 @@ def compare_stage(name: str, paths: Sequence[Path], recipes: Sequence[Recipe]) -
     stages = [recipe.stages[name] for recipe in recipes]
     if all(stage.evaluation is not None for stage in stages):
         rows = [read_jsonl(folder.evaluation(stage.steps)) for folder, stage in zip(folders, stages, strict=True)]
-        found["held_out"] = held_out(rows)
+        of_corpus = corpus_metrics({term.name: term.options for term in stages[0].reward_terms})
+        found["held_out"] = held_out(rows, of_corpus)
     return found
 
 
@@ -100,12 +103,14 @@ def picture(found: Mapping[str, Any]) -> str:
     return draw(f"{name}: reward by step: lines = sampled while training, rings = held-out, greedy", curves)
 
 
-def held_out(runs: Sequence[Rows]) -> dict[str, dict[str, Any]]:
+def held_out(runs: Sequence[Rows], of_corpus: Mapping[str, CorpusMetric] | None = None) -> dict[str, dict[str, Any]]:
     """For every quantity of every arm that all runs have: each run's mean, and differences on the items they share.
 
     An item is a prompt: its id and its text. Several samples of one prompt are one item, by their mean.
+    `of_corpus` are metrics of all items together.
     """
     table: dict[str, dict[str, Any]] = {}
+    of_corpus = of_corpus or {}
     for arm in dict.fromkeys(row["arm"] for row in runs[0]):
         shared = shared_items(runs, arm)
         if not shared:
@@ -115,6 +120,11 @@ def held_out(runs: Sequence[Rows]) -> dict[str, dict[str, Any]]:
         for name in values[0]:
             if all(name in each for each in values):
                 table[f"{arm}/{name}"] = quantity([each[name] for each in values])
+        of_runs = [corpus_values(rows, of_corpus) for rows in ordered]
+        changes = [corpus_differences(ordered[0], rows, of_corpus) for rows in ordered[1:]]
+        for name in of_runs[0]:
+            differences = [{**each[name], "num_items": len(shared)} for each in changes]
+            table[f"{arm}/{name}"] = {"runs": [each[name] for each in of_runs], "differences": differences}
     return table
 
 

@@ -6,7 +6,7 @@ default of its own.
 
 from grpo_lab.recipe.schema.algorithm import Algorithm, ReferenceRefresh
 from grpo_lab.recipe.schema.block import Block, Fraction
-from grpo_lab.recipe.schema.data import Answer, Data
+from grpo_lab.recipe.schema.data import Answer, Classes, Cut, Data, Gathered, Partition, Questions, Tagged
 from grpo_lab.recipe.schema.grpo import GrpoStage
 from grpo_lab.recipe.schema.model import SHIPPED_TEMPLATES, Lora, Model, Quantization, StageModel, TokenizerBuild
 from grpo_lab.recipe.schema.recipe import Recipe, Stage, Tracking, Wandb
@@ -21,15 +21,20 @@ __all__ = [
     "Answer",
     "Block",
     "Checkpoint",
+    "Classes",
+    "Cut",
     "Data",
     "Evaluation",
     "Fraction",
+    "Gathered",
     "GrpoStage",
     "KeyTokens",
     "Lora",
     "Model",
     "Optimizer",
+    "Partition",
     "Quantization",
+    "Questions",
     "Recipe",
     "ReferenceRefresh",
     "RewardTerm",
@@ -39,6 +44,7 @@ __all__ = [
     "Stage",
     "StageBase",
     "StageModel",
+    "Tagged",
     "TokenizerBuild",
     "Tracking",
     "Wandb",

@@ -82,7 +82,9 @@ class SftStage(StageBase):
             return self
         if self.evaluation is None or self.evaluation.every is None:
             raise ValueError("selection needs evaluation with every: N, to compare models along the way")
-        if is_test_split(self.evaluation.data.source, self.evaluation.data.path, self.evaluation.data.split):
+        data = self.evaluation.data
+        is_test_part = data.partition is not None and data.partition.take == "test"
+        if is_test_part or is_test_split(data.source, data.path, data.split):
             raise ValueError(
                 "selection: evaluation.data is the test split, which selects no model; give it a validation split, or "
                 "rows that are kept out of the training data with skip and limit"
