@@ -24,6 +24,7 @@ from grpo_lab.tracking.run_folder import RESOLVED, RUN, StageFolder
 
 LAST_STEPS = 10  # training metrics are averaged over so many last steps
 GREEDY = "eval_greedy/reward/mean"
+VERSIONS = ("grpo-lab", "trl", "torch", "transformers")
 METRICS = ("reward", "reward_std", "kl", "entropy", "completions/mean_length", "completions/clipped_ratio", "loss")
 
 
@@ -37,6 +38,7 @@ def compare_runs(paths: Sequence[Path]) -> dict[str, Any]:
     base = recipes[0]
     return {
         "runs": [str(path) for path in paths],
+        "versions": [versions(path) for path in paths],
         "recipe_differences": {str(p): difference(base, r) for p, r in zip(paths[1:], recipes[1:], strict=True)},
         "stages": {name: compare_stage(name, paths, recipes) for name in common_stages(paths, recipes)},
     }
@@ -50,6 +52,12 @@ def finished_recipe(path: Path) -> Recipe:
     if status != "finished":
         raise UsageError(f"{path}: the run is {status}, not finished; grpo-lab train --resume goes on with it")
     return load_recipe(path / RESOLVED)
+
+
+def versions(path: Path) -> dict[str, str | None]:
+    """What the run was made with, as its run.json says."""
+    known = read_json(path / RUN)["environment"]["versions"]
+    return {name: known[name] for name in VERSIONS}
 
 
 def common_stages(paths: Sequence[Path], recipes: Sequence[Recipe]) -> list[str]:
@@ -153,7 +161,10 @@ def quantity(values: Sequence[Any]) -> dict[str, Any]:
 
 
 def show_runs(found: Mapping[str, Any], console: Console) -> None:
-    """Recipe differences as lines, then one table per stage."""
+    """Versions and recipe differences as lines, then one table per stage."""
+    for run, numbers in zip(found["runs"], found["versions"], strict=True):
+        made_with = ", ".join(f"{name} {number or 'none'}" for name, number in numbers.items())
+        console.print(f"{run}: {made_with}", markup=False, highlight=False, soft_wrap=True)
     for path, lines in found["recipe_differences"].items():
         console.print(f"{path} against {found['runs'][0]}:", markup=False, highlight=False, soft_wrap=True)
         for line in lines or ["the same recipe"]:

@@ -322,14 +322,14 @@ def _loss_arguments(stage: GrpoStage) -> dict[str, Any]:
 
 
 def differences(stage: GrpoStage) -> list[str]:
-    """What the two engines realise differently for this stage, in words; `compare` prints it."""
+    """What the two engines realise differently for this stage, in words; `compare` prints it beside what it tries out
+    (compare/by_design.py)."""
     size, algorithm = sizes(stage), stage.algorithm
     found = [
-        "a completion that could not be scored has advantage 0 in TRL and stays in the loss's denominators and KL; "
-        "the native engine leaves it out",
-        "TRL's kl, entropy and clip ratios are means over micro-batches, the native engine's are means over all tokens",
-        "a group of equal rewards has exactly 0 advantage in the native engine, in TRL what rounding leaves",
+        "TRL's kl, entropy and clip ratios are means over micro-batches, the native engine's are means over all tokens"
     ]
+    if algorithm.ratio_level == "sequence":
+        found.append("TRL's clip ratios are shares of completions here, the native engine's are shares of tokens")
     if algorithm.num_minibatches > 1:
         found.append("TRL's mini-batches are random rows of the step, the native engine's are whole groups")
         if algorithm.reduction == "token":
