@@ -12,6 +12,7 @@ from grpo_lab.engines.learner import is_out_of_memory
 from grpo_lab.engines.trl_config import INEXACT
 from grpo_lab.errors import GrpoLabError, SetupError, StopRequested
 from grpo_lab.policy.load import load_policy, write_policy
+from grpo_lab.publish import Publisher, ready
 from grpo_lab.recipe import LoadedRecipe, resolved_yaml
 from grpo_lab.recipe.schema import GrpoStage
 from grpo_lab.scoring import start_nursery
@@ -54,11 +55,18 @@ def train_recipe(loaded: LoadedRecipe, recipe_text: str, *, go_on: bool, console
         base = path / "base"
         plan = assemble(loaded, tokenizer_folder=base if going_on and base.exists() else None)
         others = _other_sinks(plan, path, console, quiet=quiet)
+        push = recipe.tracking.push
+        if push is not None:
+            ready(push.repo, public=push.public)  # before anything is made: what is wrong now would be after hours too
         with _open(plan, path, recipe_text, going_on=going_on) as run:
             files = JsonlSink(run, rollouts=recipe.tracking.rollouts)
             sinks = Sinks(files, others)
             try:
-                _run_stages(plan, run, files, sinks, stop)
+                hub = None if push is None else Publisher(recipe, path, push, sinks)
+                _run_stages(plan, run, files, sinks, stop, hub)
+                run.set_status("finished")
+                if hub is not None:
+                    hub.finish()
             except StopRequested:
                 run.set_status("interrupted")
                 raise
@@ -72,11 +80,12 @@ def train_recipe(loaded: LoadedRecipe, recipe_text: str, *, go_on: bool, console
                 raise
             finally:
                 sinks.close()
-            run.set_status("finished")
     return path
 
 
-def _run_stages(plan: Plan, run: RunFolder, files: JsonlSink, sinks: Sinks, stop: StopSignal) -> None:
+def _run_stages(
+    plan: Plan, run: RunFolder, files: JsonlSink, sinks: Sinks, stop: StopSignal, hub: Publisher | None
+) -> None:
     """Each stage starts from what it names: the one before, an earlier one, or the recipe's model."""
     base = _base(plan, run)
     starts = {"base": base, "previous": base}
@@ -89,7 +98,8 @@ def _run_stages(plan: Plan, run: RunFolder, files: JsonlSink, sinks: Sinks, stop
         else:
             if isinstance(stage, GrpoPlan) and stage.stage.engine == "trl":
                 run.mark_inexact(INEXACT)
-            context = Context(plan.recipe, plan.tokenizer, folder, start, files, sinks, stop, run.mark_inexact)
+            publish = None if hub is None else hub.checkpoint
+            context = Context(plan.recipe, plan.tokenizer, folder, start, files, sinks, stop, run.mark_inexact, publish)
             if isinstance(stage, SftPlan):
                 run_sft(context, stage)
             else:

@@ -9,7 +9,10 @@ from grpo_lab.compare.parity import CASES, compare
 from grpo_lab.recipe import load
 
 
-@pytest.fixture(scope="module", params=["r: 4, alpha: 8", "r: 4, rslora: true, target_modules: [q_proj, up_proj]"])
+@pytest.fixture(
+    scope="module",
+    params=["r: 4, alpha: 8", "r: 4, rslora: true, target_modules: [q_proj, up_proj]", "r: 4, dora: true"],
+)
 def adapted(request, tmp_path_factory, toy_text):
     path = tmp_path_factory.mktemp("toy") / "toy.yaml"
     path.write_text(toy_text)

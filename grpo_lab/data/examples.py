@@ -63,6 +63,18 @@ def prompt_examples(data: Data, rows: Rows, tokenizer: PreTrainedTokenizerBase) 
     return _converted(rows, example)
 
 
+def short_prompts(examples: Mapped[Example], most: int) -> Mapped[Example]:
+    """Those whose prompt has at most so many tokens.
+
+    Raises:
+        RecipeError: there are none.
+    """
+    kept = [index for index, example in enumerate(examples) if len(example.prompt_ids) <= most]
+    if not kept:
+        raise RecipeError(f"data.max_prompt_tokens: every one of {len(examples)} prompts has more than {most} tokens")
+    return Mapped(lambda index: examples[kept[index]], len(kept))
+
+
 def training_rows(
     data: Data,
     rows: Rows,
@@ -82,6 +94,8 @@ def training_rows(
         loss_on: "all" learns every token after the first one.
         max_length: the most tokens of a row; a longer one is a RecipeError.
     """
+    if data.max_prompt_tokens is not None:
+        raise RecipeError("data.max_prompt_tokens: is for prompts to sample from; set max_length, or leave it out")
     _check(data, rows, tokenizer)
     end = _end_token(data, tokenizer)
     prefilled = data.chat and data.completion is not None and prefills_thinking(tokenizer)

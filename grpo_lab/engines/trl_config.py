@@ -176,6 +176,14 @@ def unsupported(stage: GrpoStage, model: Model | None = None) -> list[tuple[tupl
                 "TRL turns the adapter of a quantized model to bfloat16, whatever the recipe says; set engine: native",
             )
         )
+    if model is not None and model.lora is not None and model.lora.bias != "none" and stage.algorithm.beta > 0:
+        found.append(
+            (
+                "model.lora.bias",
+                "TRL keeps the reference as a second adapter, and peft has one adapter with biases at most; set none, "
+                "algorithm.beta: 0 or engine: native",
+            )
+        )
     if model is not None and model.lora is not None and stage.algorithm.reference_refresh is not None:
         found.append(
             (

@@ -21,6 +21,7 @@ from grpo_lab.stages.plan import GrpoPlan
 from grpo_lab.stages.running import Context, admitting, evaluating, finish, reporting, say_notes, say_what_learns
 from grpo_lab.tracking.files import disk_errors, read_json, write_json
 from grpo_lab.tracking.folders import MANIFEST, is_complete, seal_folder, verify_folder
+from grpo_lab.types import Policy
 
 REWARDS = "rewards.json"  # in a checkpoint: the states of stateful rewards
 
@@ -65,7 +66,7 @@ def run_grpo_trl(context: Context, plan: GrpoPlan) -> None:
             evaluating(stage.evaluation, measure),
             admitting(context, plan.rewards),
         ),
-        callbacks=[Saving(context, plan)],
+        callbacks=[Saving(context, plan, policy)],
     )
     finish(context, plan.name, policy, recipe.model_of(stage), steps=stage.steps)
 
@@ -139,9 +140,10 @@ def _delete_unusable(folder: Path, found: Found | None) -> None:
 class Saving(TrainerCallback):
     """Asks TRL for a checkpoint where the recipe wants one, seals it, keeps the newest, and stops if asked to."""
 
-    def __init__(self, context: Context, plan: GrpoPlan) -> None:
+    def __init__(self, context: Context, plan: GrpoPlan, policy: Policy) -> None:
         self.context = context
         self.plan = plan
+        self.policy = policy
         self.updates = sizes(plan.stage).updates
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
@@ -158,7 +160,8 @@ class Saving(TrainerCallback):
             write_json(path / REWARDS, self.plan.rewards.state_dict())
             seal_folder(path)
             self._prune(folder)
-        self.context.stop.check(f"after step {state.global_step // self.updates} of stage {self.plan.name}, saved")
+        step = state.global_step // self.updates
+        self.context.saved(self.plan.name, self.policy, step, last=step == self.plan.stage.steps)
 
     def _prune(self, folder: Path) -> None:
         complete = sorted((updates for updates, path in checkpoints(folder).items() if is_complete(path)), reverse=True)

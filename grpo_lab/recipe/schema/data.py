@@ -45,6 +45,8 @@ class Data(Block):
     """Rows left out at the start."""
     limit: PositiveInt | None = None
     """The most rows taken, after `skip`."""
+    max_prompt_tokens: PositiveInt | None = None
+    """Rows whose prompt has more tokens are left out (GRPO stages)."""
     options: dict[str, Any] = {}
     """Options of a generated task or a reasoning-gym data set."""
     prompt: str | None = None
@@ -73,4 +75,6 @@ class Data(Block):
             raise ValueError("system_prompt needs a chat prompt")
         if self.streaming and self.source not in ("hub", "file"):
             raise ValueError("streaming is for hub and file sources")
+        if self.streaming and self.max_prompt_tokens is not None:
+            raise ValueError("max_prompt_tokens looks at every row first; leave streaming out")
         return self
