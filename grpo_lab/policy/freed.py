@@ -6,7 +6,7 @@ from typing import Any
 
 LARGE = 64 << 20  # bytes of weights
 M_MMAP_THRESHOLD = -3  # as in glibc's malloc.h
-MAPPED_BYTES = 1 << 20  # blocks from this size on get pages of their own
+MAPPED_BYTES = 1 << 18  # blocks from this size on get pages of their own
 
 
 def give_freed_memory_back(network: Any) -> None:
