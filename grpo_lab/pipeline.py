@@ -1,6 +1,7 @@
 """A run from its recipe to its last stage: the folder, the stages in order, and how it ended."""
 
 import logging
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -29,11 +30,13 @@ from grpo_lab.tracking.wandb import WandbSink
 
 
 def quiet_libraries() -> None:
-    """Keep other libraries' progress bars off the terminal; ours shows what matters."""
+    """Keep other libraries' progress bars and notes to each other off the terminal; ours shows what matters."""
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
+    # transformers' new name for what peft still asks for by the old one
+    warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*deprecated", category=FutureWarning)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it misses a package that it does not need
 
 

@@ -226,9 +226,11 @@ def test_a_repository_that_cannot_be_used_is_said_before_anything_is_trained(tra
 
 def test_an_adapter_that_nobody_else_could_use_is_refused_in_a_recipe(toy_recipe):
     push = "tracking.push={repo: me/toy}"
-    with pytest.raises(RecipeError, match="tracking.push: the last stage leaves an adapter on a model that only this"):
+    with pytest.raises(
+        RecipeError, match="tracking.push.*: the last stage leaves an adapter on a model that only this"
+    ):
         assemble(load(toy_recipe, [push, LORA]))
-    with pytest.raises(RecipeError, match="tracking.push.repo: "):
+    with pytest.raises(RecipeError, match="tracking.push.*repo"):
         load(toy_recipe, ["tracking.push={repo: toy}"])
 
 
