@@ -8,7 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import httpx
+import httpx2  # what the hub's client is made of
 import torch
 from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import HfHubHTTPError
@@ -24,7 +24,7 @@ from grpo_lab.tracking.folders import MANIFEST
 from grpo_lab.tracking.sinks import Sinks
 from grpo_lab.types import Policy
 
-HUB_ERRORS = (HfHubHTTPError, httpx.HTTPError, OSError, ValueError)
+HUB_ERRORS = (HfHubHTTPError, httpx2.HTTPError, OSError, ValueError)
 
 
 @dataclass(frozen=True)

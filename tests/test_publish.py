@@ -157,6 +157,18 @@ def test_a_dry_run_lists_the_files_and_asks_nobody(cli, run):
     assert re.search(r"^ +[\d,]+  model\.safetensors$", ran.out, re.MULTILINE)
 
 
+def test_a_hub_that_cannot_be_reached_is_said_with_exit_code_4(run, cli, monkeypatch):
+    from grpo_lab import publish
+
+    monkeypatch.setattr(publish, "HfApi", partial(HfApi, endpoint="http://127.0.0.1:9", token=TOKEN))  # nobody listens
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    ran = cli("push", run, "--repo", "me/toy", "--merge")
+    assert ran.code == 4
+    assert ran.err.startswith("error: me/toy: the hub said no: ")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert cli("push", run, "--repo", "me/toy", "--merge").code == 4
+
+
 def test_an_adapter_that_nobody_else_could_use_is_not_sent(cli, run):
     ran = cli("push", run, "--repo", "me/toy", "--dry-run")
     assert ran.code == 2
