@@ -16,6 +16,7 @@ from grpo_lab.data.examples import (
     check_training_rows,
     corpus,
     prompt_examples,
+    short_prompts,
     training_rows,
 )
 from grpo_lab.data.shapes import label_map
@@ -179,6 +180,24 @@ def _check_order(recipe: Recipe, found: Problems) -> None:
         if stage.start_from not in earlier:
             found.add(("stages", name, "start_from"), f'"{stage.start_from}" is none of {", ".join(earlier)}')
         earlier.append(name)
+    push = recipe.tracking.push
+    if not found.found and push is not None and not push.merge and base_is_local(recipe):
+        message = "the last stage leaves an adapter on a model that only this machine has, so nobody could use it; add"
+        found.add(("tracking", "push"), f"{message} merge: true")
+
+
+def base_is_local(recipe: Recipe) -> bool:
+    """Whether the last stage leaves an adapter whose base only this machine has: other stages' work, or a local model."""
+    names = list(recipe.stages)
+    name = names[-1]
+    while True:
+        stage = recipe.stages[name]
+        if recipe.model_of(stage).lora is None:
+            return name != names[-1]
+        earlier = names[: names.index(name)]
+        name = stage.start_from if stage.start_from != "previous" else earlier[-1] if earlier else "base"
+        if name == "base":
+            return recipe.model.path is None or Path(recipe.model.path).is_dir()
 
 
 @dataclass(frozen=True)
@@ -258,6 +277,8 @@ class Builder:
 
     def _examples(self, stage: GrpoStage, data: Data, loc: Loc) -> Mapped[Example] | Stream[Example]:
         examples = prompt_examples(data, self.rows[loc], self.tokenizer)
+        if data.max_prompt_tokens is not None and isinstance(examples, Mapped):
+            examples = short_prompts(examples, data.max_prompt_tokens)
         for problem in check_prompts(examples, self.context_length, stage.sampling.max_completion_length):
             self.found.add(loc, problem)
         return examples

@@ -34,9 +34,11 @@ def summarise(run: Path) -> dict[str, Any]:
 
 
 def stage_outcome(run: Path, name: str, stage: SftStage | GrpoStage) -> dict[str, Any]:
-    """What a finished stage achieved, as far as it was measured."""
+    """What a stage achieved, as far as it was measured; before and after once it is finished."""
     folder = StageFolder(run / name)
     found: dict[str, Any] = {"kind": stage.kind, "steps": stage.steps, "final": str(folder.final)}
+    if not folder.result.is_file():
+        return found
     if isinstance(stage, GrpoStage) and stage.evaluation is not None:
         before, after = (read_jsonl(folder.evaluation(step)) for step in (0, stage.steps))
         of_corpus = corpus_metrics({term.name: term.options for term in stage.reward_terms})

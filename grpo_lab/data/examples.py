@@ -76,6 +76,18 @@ def prompt_examples(data: Data, rows: Rows, tokenizer: PreTrainedTokenizerBase) 
     return _converted(rows, example)
 
 
+def short_prompts(examples: Mapped[Example], most: int) -> Mapped[Example]:
+    """Those whose prompt has at most so many tokens.
+
+    Raises:
+        RecipeError: there are none.
+    """
+    kept = [index for index, example in enumerate(examples) if len(example.prompt_ids) <= most]
+    if not kept:
+        raise RecipeError(f"data.max_prompt_tokens: every one of {len(examples)} prompts has more than {most} tokens")
+    return Mapped(lambda index: examples[kept[index]], len(kept))
+
+
 def training_rows(
     data: Data,
     rows: Rows,
@@ -100,6 +112,8 @@ def training_rows(
         learn_turns: which of a conversation's assistant turns are learnt.
         key_tokens: which tokens weigh more than 1. An end token weighs 1.
     """
+    if data.max_prompt_tokens is not None:
+        raise RecipeError("data.max_prompt_tokens: is for prompts to sample from; set max_length, or leave it out")
     _check(data, rows, tokenizer, key_tokens)
     end = _end_token(data, tokenizer)
     writer = _Writer(data, tokenizer, end, learn_turns, key_tokens)

@@ -169,21 +169,18 @@ def unsupported(stage: GrpoStage, model: Model | None = None) -> list[tuple[tupl
     `model` is the model block as it holds for the stage; None leaves out what depends on it.
     """
     found = [(key, message) for key, (is_refused, message) in REFUSED.items() if is_refused(stage)]
+    lora = None if model is None else model.lora
     if model is not None and model.quantization is not None:
-        found.append(
-            (
-                "model.quantization",
-                "TRL turns the adapter of a quantized model to bfloat16, whatever the recipe says; set engine: native",
-            )
+        message = "TRL turns the adapter of a quantized model to bfloat16, whatever the recipe says; set engine: native"
+        found.append(("model.quantization", message))
+    if lora is not None and lora.bias != "none" and stage.algorithm.beta > 0:
+        message = (
+            "TRL's reference is a second adapter, and peft allows one with biases; set none, beta: 0 or engine: native"
         )
-    if model is not None and model.lora is not None and stage.algorithm.reference_refresh is not None:
-        found.append(
-            (
-                "algorithm.reference_refresh",
-                "TRL moves a separate reference model only, and beside an adapter there is none; leave it out or set "
-                "engine: native",
-            )
-        )
+        found.append(("model.lora.bias", message))
+    if lora is not None and stage.algorithm.reference_refresh is not None:
+        message = "TRL moves a separate reference model only, and beside an adapter there is none; leave it out or set "
+        found.append(("algorithm.reference_refresh", f"{message}engine: native"))
     return [(tuple(key.split(".")), f'engine "trl": {message}') for key, message in found]
 
 

@@ -63,7 +63,7 @@ def run_grpo_trl(context: Context, plan: GrpoPlan) -> None:
             evaluating(stage.evaluation, measure),
             admitting(context, plan.rewards),
         ),
-        callbacks=[Saving(context, plan.name, stage, updates=updates, write=write)],
+        callbacks=[Saving(context, plan.name, stage, policy, updates=updates, write=write)],
     )
     finish(context, plan.name, policy, recipe.model_of(stage), steps=stage.steps)
 

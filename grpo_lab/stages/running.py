@@ -68,6 +68,14 @@ class Context:
     sinks: Sinks
     stop: StopSignal
     mark_inexact: Callable[[str], None]
+    publish: Callable[[str, Policy, int], None] | None = None
+    """Sends a stage's policy to the hub as it is after that many steps; None where the recipe does not ask for it."""
+
+    def saved(self, stage: str, policy: Policy, step: int, *, last: bool) -> None:
+        """A checkpoint is on the disk: send it (the last one is sent as the finished model), or stop if asked to."""
+        if self.publish is not None and not last and self.stop.received is None:
+            self.publish(stage, policy, step)
+        self.stop.check(f"after step {step} of stage {stage}, saved")
 
 
 def resume(
@@ -143,7 +151,7 @@ def checkpointing(
             },
             keep=settings.keep,
         )
-        context.stop.check(f"after step {end.step} of stage {end.stage}, saved")
+        context.saved(end.stage, policy, end.step, last=end.step == end.num_steps)
 
     return save
 

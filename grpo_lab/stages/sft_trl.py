@@ -54,6 +54,6 @@ def run_sft_trl(context: Context, plan: SftPlan) -> None:
             output=context.folder.checkpoints,
             resume_from=resumed.path if resumed else None,
             report=reporting(context.sinks.step, remember, evaluating(stage.evaluation, measure)),
-            callbacks=[Saving(context, plan.name, stage, updates=1, write=write)],
+            callbacks=[Saving(context, plan.name, stage, policy, updates=1, write=write)],
         )
     end(context, plan, policy, best, done)

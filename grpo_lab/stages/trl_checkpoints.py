@@ -14,6 +14,7 @@ from grpo_lab.recipe.schema import StageBase
 from grpo_lab.stages.running import Context
 from grpo_lab.tracking.files import disk_errors
 from grpo_lab.tracking.folders import MANIFEST, is_complete, seal_folder, verify_folder
+from grpo_lab.types import Policy
 
 
 @dataclass(frozen=True)
@@ -82,11 +83,19 @@ class Saving(TrainerCallback):
     """
 
     def __init__(
-        self, context: Context, name: str, stage: StageBase, *, updates: int, write: Callable[[Path], None]
+        self,
+        context: Context,
+        name: str,
+        stage: StageBase,
+        policy: Policy,
+        *,
+        updates: int,
+        write: Callable[[Path], None],
     ) -> None:
         self.context = context
         self.name = name
         self.stage = stage
+        self.policy = policy
         self.updates = updates
         self.write = write
 
@@ -104,7 +113,8 @@ class Saving(TrainerCallback):
             self.write(path)
             seal_folder(path)
             self._prune(folder)
-        self.context.stop.check(f"after step {state.global_step // self.updates} of stage {self.name}, saved")
+        step = state.global_step // self.updates
+        self.context.saved(self.name, self.policy, step, last=step == self.stage.steps)
 
     def _prune(self, folder: Path) -> None:
         complete = sorted((updates for updates, path in checkpoints(folder).items() if is_complete(path)), reverse=True)

@@ -10,6 +10,7 @@ from grpo_lab.data.examples import (
     check_training_rows,
     corpus,
     prompt_examples,
+    short_prompts,
     training_rows,
 )
 from grpo_lab.data.sources import load_rows
@@ -242,6 +243,22 @@ def test_after_ten_problems_the_rest_is_left_out(examples):
     found = check_prompts(examples([{"q": ""}] * 15, prompt="q"), context_length=40, max_completion_length=16)
 
     assert (len(found), found[-1]) == (11, "... and more")
+
+
+def test_prompts_that_are_too_long_are_left_out(examples, training):
+    rows = [{"q": "1+1="}, {"q": "1+1=" * 20}, {"q": "2+2="}]
+    found = examples(rows, prompt="q", chat=False)
+    assert len(found) == 3
+    short = short_prompts(found, len(found[0].prompt_ids))
+    assert [example.prompt for example in short] == ["1+1=", "2+2="]
+    assert [example.id for example in short] == [found[0].id, found[2].id]
+    with pytest.raises(RecipeError, match="data.max_prompt_tokens: every one of 3 prompts has more than 1 tokens"):
+        short_prompts(found, 1)
+    rows = [{"q": "1+1=", "a": "2"}]
+    with pytest.raises(RecipeError, match="data.max_prompt_tokens: is for prompts to sample from"):
+        training(rows, prompt="q", completion="a", max_prompt_tokens=9)
+    with pytest.raises(ValueError, match="max_prompt_tokens looks at every row first"):
+        recipe(prompt="q", streaming=True, max_prompt_tokens=9)
 
 
 def test_streamed_prompts_are_checked(examples):

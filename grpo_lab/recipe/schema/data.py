@@ -151,6 +151,8 @@ class Data(Block):
     """Rows left out at the start."""
     limit: PositiveInt | None = None
     """The most rows taken, after `skip`; counted before `shape` makes rows of them."""
+    max_prompt_tokens: PositiveInt | None = None
+    """Rows whose prompt has more tokens are left out (GRPO stages)."""
     options: dict[str, Any] = {}
     """Options of a generated task or a reasoning-gym data set."""
     prompt: str | None = None
@@ -187,4 +189,6 @@ class Data(Block):
             raise ValueError("partition and shape look at all rows; turn streaming off")
         if self.columns is not None and self.format != "tsv":
             raise ValueError("columns names those of a file with format: tsv")
+        if self.streaming and self.max_prompt_tokens is not None:
+            raise ValueError("max_prompt_tokens looks at every row first; leave streaming out")
         return self

@@ -75,7 +75,7 @@ class Model(Block):
     chat_template: str | None = None
     """`chatml`, `mistral`, `llama3`, or a file with a Jinja template; null takes the tokenizer's own (built: chatml)."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """The type of weights and computation."""
+    """The type of weights and computation. Where all weights learn, bfloat16 rounds away steps below 1/256 of a weight."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     """Which attention implementation transformers uses."""
     gradient_checkpointing: bool = False
