@@ -8,6 +8,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, TypeVar
 
+from grpo_lab.corpus_metrics import KINDS
 from grpo_lab.data.chat import prefills_thinking, template_problems
 from grpo_lab.data.examples import (
     TrainingRow,
@@ -15,12 +16,16 @@ from grpo_lab.data.examples import (
     check_training_rows,
     corpus,
     prompt_examples,
+    short_prompts,
     training_rows,
 )
+from grpo_lab.data.shapes import label_map
 from grpo_lab.data.sources import Rows, load_rows
 from grpo_lab.data.stream import Mapped, PromptStream, Stream
-from grpo_lab.data.tokenizer import build_tokenizer, with_chatml
+from grpo_lab.data.templates import TEMPLATES, with_template
+from grpo_lab.data.tokenizer import build_tokenizer
 from grpo_lab.engines.trl_config import require_trl, unsupported
+from grpo_lab.engines.trl_sft_config import unsupported_sft
 from grpo_lab.errors import RecipeError
 from grpo_lab.policy.load import context_length, eos_ids, generation_config, load_tokenizer, model_config
 from grpo_lab.recipe import LoadedRecipe, Recipe, SourceMap
@@ -35,8 +40,8 @@ Loc = tuple[str | int, ...]
 MAX_HASHED_ROWS = 10_000
 FOLDERS_OF_A_RUN = {"base", "plugins"}  # beside the stages' own
 
-# Every evaluation with gold answers reports both: a policy may learn to please one reading of its answers only.
-# They weigh nothing, so the reward stays the stage's own.
+# Every evaluation with gold answers reports both, unless the rewards name the task's own metric: a policy may learn to
+# please one reading of its answers only. They weigh nothing, so the reward stays the stage's own.
 ACCURACIES = (
     RewardTerm(name="accuracy", label="accuracy_strict", weight=0.0, options={"strict": True}),
     RewardTerm(name="accuracy", label="accuracy_lenient", weight=0.0, options={"strict": False}),
@@ -45,13 +50,17 @@ ACCURACIES = (
 
 @dataclass(frozen=True)
 class Plan:
-    """A checked recipe, ready to train. `hashes` are of data and reward sources, for refusing a changed resume."""
+    """A checked recipe, ready to train. `hashes` are of data and reward sources, for refusing a changed resume.
+
+    `labels` holds, for every stage whose data has classes or entity types, their sorted map from name to number.
+    """
 
     recipe: Recipe
     registry: Registry
     tokenizer: Any
     stages: tuple[SftPlan | GrpoPlan, ...]
     hashes: dict[str, Any]
+    labels: dict[str, dict[str, int]]
 
 
 class Problems:
@@ -109,6 +118,8 @@ def assemble(loaded: LoadedRecipe, *, tokenizer_folder: Path | None = None) -> P
     found.stop_if_any()
     assert registry is not None
     known = {loc: each for loc, each in rows.items() if each is not None}
+    labels = _label_maps(recipe, known, found)
+    found.stop_if_any()
 
     first: Loc = ("stages", next(iter(recipe.stages)))  # whose texts a new tokenizer is trained on
     built = tokenizer_folder is None and isinstance(recipe.model.tokenizer, TokenizerBuild)
@@ -139,7 +150,23 @@ def assemble(loaded: LoadedRecipe, *, tokenizer_folder: Path | None = None) -> P
             for term in stage.rewards.terms
         },
     }
-    return Plan(recipe, registry, tokenizer, tuple(stage for stage in stages if stage is not None), hashes)
+    return Plan(recipe, registry, tokenizer, tuple(stage for stage in stages if stage is not None), hashes, labels)
+
+
+def _label_maps(recipe: Recipe, rows: dict[Loc, Rows], found: Problems) -> dict[str, dict[str, int]]:
+    """The label map of every stage, from what it learns from; held-out rows must have no other labels."""
+    maps = {}
+    for name, stage in recipe.stages.items():
+        learnt = label_map(rows["stages", name], stage.data.shape)
+        if learnt is None:
+            continue
+        maps[name] = learnt
+        if stage.evaluation is not None:
+            at = ("stages", name, "evaluation")
+            new = sorted((label_map(rows[at], stage.evaluation.data.shape) or {}).keys() - learnt.keys())
+            if new:
+                found.add(at, f"data.shape: labels that the training rows do not have: {', '.join(new)}")
+    return maps
 
 
 def _check_order(recipe: Recipe, found: Problems) -> None:
@@ -153,6 +180,24 @@ def _check_order(recipe: Recipe, found: Problems) -> None:
         if stage.start_from not in earlier:
             found.add(("stages", name, "start_from"), f'"{stage.start_from}" is none of {", ".join(earlier)}')
         earlier.append(name)
+    push = recipe.tracking.push
+    if not found.found and push is not None and not push.merge and base_is_local(recipe):
+        message = "the last stage leaves an adapter on a model that only this machine has, so nobody could use it; add"
+        found.add(("tracking", "push"), f"{message} merge: true")
+
+
+def base_is_local(recipe: Recipe) -> bool:
+    """Whether the last stage leaves an adapter whose base only this machine has: other stages' work, or a local model."""
+    names = list(recipe.stages)
+    name = names[-1]
+    while True:
+        stage = recipe.stages[name]
+        if recipe.model_of(stage).lora is None:
+            return name != names[-1]
+        earlier = names[: names.index(name)]
+        name = stage.start_from if stage.start_from != "previous" else earlier[-1] if earlier else "base"
+        if name == "base":
+            return recipe.model.path is None or Path(recipe.model.path).is_dir()
 
 
 @dataclass(frozen=True)
@@ -173,17 +218,31 @@ class Builder:
         return self.found.attempt(loc, lambda: build(name, stage, loc))
 
     def _sft(self, name: str, stage: SftStage, loc: Loc) -> SftPlan | None:
+        if stage.engine == "trl":
+            require_trl()
+            for key, problem in unsupported_sft(stage, self.recipe.model_of(stage)):
+                self.found.add((*loc, *key), problem)
         rows = self._training_rows(stage, stage.data, loc)
         held_out: Sequence[TrainingRow] = ()
         if stage.evaluation is not None:
             data, at = stage.evaluation.data, (*loc, "evaluation")
             held_out = self.found.attempt(at, lambda: _finite(self._training_rows(stage, data, at))) or ()
-        stream = PromptStream(rows, stage.batch_size, seed=derive_seed(self.recipe.seed, name, "order"))
-        return None if self.found.found else SftPlan(name, stage, stream, held_out)
+        if self.found.found:
+            return None
+        lengths = [row.num_tokens for row in rows] if stage.group_by_length else None  # type: ignore[union-attr]
+        seed = derive_seed(self.recipe.seed, name, "order")
+        return SftPlan(name, stage, PromptStream(rows, stage.batch_size, seed=seed, lengths=lengths), held_out)
 
     def _training_rows(self, stage: SftStage, data: Data, loc: Loc) -> Mapped[TrainingRow] | Stream[TrainingRow]:
-        length = min(stage.max_length or self.context_length, self.context_length)
-        rows = training_rows(data, self.rows[loc], self.tokenizer, loss_on=stage.loss_on, max_length=length)
+        rows = training_rows(
+            data,
+            self.rows[loc],
+            self.tokenizer,
+            loss_on=stage.loss_on,
+            max_length=min(stage.max_length or self.context_length, self.context_length),
+            learn_turns=stage.learn_turns,
+            key_tokens=stage.key_tokens,
+        )
         for problem in check_training_rows(rows):
             self.found.add(loc, problem)
         return rows
@@ -200,7 +259,7 @@ class Builder:
             data, at = stage.evaluation.data, (*loc, "evaluation")
             held_out = self.found.attempt(at, lambda: _finite(self._examples(stage, data, at))) or ()
             columns = _columns(data, self.rows[at])
-            if "answer" in (columns or ()):
+            if "answer" in (columns or ()) and not any(term.name in KINDS for term in terms):
                 terms += ACCURACIES
             for _, problem in problems(terms, self.registry, columns):
                 self.found.add(at, problem)
@@ -218,6 +277,8 @@ class Builder:
 
     def _examples(self, stage: GrpoStage, data: Data, loc: Loc) -> Mapped[Example] | Stream[Example]:
         examples = prompt_examples(data, self.rows[loc], self.tokenizer)
+        if data.max_prompt_tokens is not None and isinstance(examples, Mapped):
+            examples = short_prompts(examples, data.max_prompt_tokens)
         for problem in check_prompts(examples, self.context_length, stage.sampling.max_completion_length):
             self.found.add(loc, problem)
         return examples
@@ -225,13 +286,17 @@ class Builder:
 
 def make_tokenizer(recipe: Recipe, rows: dict[Loc, Rows], folder: Path | None) -> Any:
     """The tokenizer: from the run's folder, the recipe's path, or trained on the first stage's data."""
+    template = recipe.model.chat_template
     if folder is not None or not isinstance(recipe.model.tokenizer, TokenizerBuild):
         tokenizer = load_tokenizer(recipe.model, folder)
-        return with_chatml(tokenizer) if recipe.model.chat_template == "chatml" else tokenizer
+        return with_template(tokenizer, template) if template in TEMPLATES else tokenizer
     name, stage = next(iter(recipe.stages.items()))
     settings = recipe.model.tokenizer
     return build_tokenizer(
-        corpus(stage.data, rows["stages", name]), vocab_size=settings.vocab_size, split_digits=settings.split_digits
+        corpus(stage.data, rows["stages", name]),
+        vocab_size=settings.vocab_size,
+        split_digits=settings.split_digits,
+        template=template or "chatml",
     )
 
 

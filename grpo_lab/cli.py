@@ -90,6 +90,19 @@ def evaluate(
 
 
 @app.command()
+def baseline(
+    target: Annotated[str, typer.Argument(help="a recipe, or a run's folder: then the run is compared with them")],
+    overrides: Overrides = None,
+    stage: Annotated[str | None, typer.Option(help="which GRPO stage; the last one if not given")] = None,
+    as_json: Json = False,
+) -> None:
+    """What a task's held-out data gives without a model: majority class, no entities, lead-3, copied source, ..."""
+    from grpo_lab.commands import baselines
+
+    baselines.baseline(target, overrides or [], stage=stage, as_json=as_json)
+
+
+@app.command()
 def compare(
     targets: Annotated[
         list[str], typer.Argument(help="a recipe with key=value overrides, or two or more finished runs")

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from grpo_lab.algorithm.intervals import bootstrap_interval, wilson_interval
 from grpo_lab.algorithm.passk import pass_at_k
+from grpo_lab.corpus_evaluation import corpus_values
+from grpo_lab.corpus_metrics import corpus_metrics
 from grpo_lab.sampling.decoding import Sampler
 from grpo_lab.scoring import RewardSet, check_budget
 from grpo_lab.seeds import derive_seed
@@ -45,6 +47,7 @@ def evaluate(
     examples = list(examples)
     metrics: dict[str, float] = {"num_prompts": float(len(examples))}
     rows: list[dict[str, Any]] = []
+    of_corpus = corpus_metrics({term.reward.name: term.options or {} for term in rewards.terms})
     arms = [("greedy", greedy, 1)]
     if sampled is not None and num_samples > 0:
         arms.append(("sampled", sampled, num_samples))
@@ -53,7 +56,10 @@ def evaluate(
         scores = rewards.score(groups)
         check_budget(scores, groups, max_failed=max_failed, folder=None)
         metrics |= {f"{arm}/{name}": value for name, value in arm_metrics(groups, scores).items()}
-        rows += arm_rows(arm, groups, scores)
+        of_arm = arm_rows(arm, groups, scores)
+        rows += of_arm
+        for name, values in corpus_values(of_arm, of_corpus).items():
+            metrics |= {f"{arm}/{name}/{key}": value for key, value in values.items()}
         if arm == "sampled" and CORRECT in scores.terms:
             correct = scores.terms[CORRECT].nan_to_num(0.0) > 0
             metrics |= {f"pass@{k}": float(pass_at_k(correct, k).mean()) for k in pass_at}
@@ -88,9 +94,11 @@ def arm_rows(arm: str, groups: Sequence[Group], scores: Scores) -> list[dict[str
         {
             "arm": arm,
             "id": group.example.id,
+            "unit": group.example.columns.get("question_id", group.example.id),
             "sample": g,
             "prompt": group.example.prompt,
             "completion": completion.text,
+            "answer": group.example.columns.get("answer"),
             "num_tokens": len(completion.token_ids),
             "finished": completion.finished,
             "terms": {name: float(values[p, g]) for name, values in scores.terms.items()},

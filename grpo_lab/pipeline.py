@@ -1,6 +1,7 @@
 """A run from its recipe to its last stage: the folder, the stages in order, and how it ended."""
 
 import logging
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,11 +13,12 @@ from grpo_lab.engines.learner import is_out_of_memory
 from grpo_lab.engines.trl_config import INEXACT
 from grpo_lab.errors import GrpoLabError, SetupError, StopRequested
 from grpo_lab.policy.load import load_policy, write_policy
+from grpo_lab.publish import Publisher, ready
 from grpo_lab.recipe import LoadedRecipe, resolved_yaml
 from grpo_lab.recipe.schema import GrpoStage
 from grpo_lab.scoring import start_nursery
 from grpo_lab.stages.grpo import run_grpo
-from grpo_lab.stages.plan import GrpoPlan, SftPlan
+from grpo_lab.stages.plan import SftPlan
 from grpo_lab.stages.running import Context, StopSignal
 from grpo_lab.stages.sft import run_sft
 from grpo_lab.tracking.console import ConsoleSink
@@ -28,11 +30,13 @@ from grpo_lab.tracking.wandb import WandbSink
 
 
 def quiet_libraries() -> None:
-    """Keep other libraries' progress bars off the terminal; ours shows what matters."""
+    """Keep other libraries' progress bars and notes to each other off the terminal; ours shows what matters."""
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
+    # transformers' new name for what peft still asks for by the old one
+    warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*deprecated", category=FutureWarning)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it misses a package that it does not need
 
 
@@ -54,11 +58,18 @@ def train_recipe(loaded: LoadedRecipe, recipe_text: str, *, go_on: bool, console
         base = path / "base"
         plan = assemble(loaded, tokenizer_folder=base if going_on and base.exists() else None)
         others = _other_sinks(plan, path, console, quiet=quiet)
+        push = recipe.tracking.push
+        if push is not None:
+            ready(push.repo, public=push.public)  # before anything is made: what is wrong now would be after hours too
         with _open(plan, path, recipe_text, going_on=going_on) as run:
             files = JsonlSink(run, rollouts=recipe.tracking.rollouts)
             sinks = Sinks(files, others)
             try:
-                _run_stages(plan, run, files, sinks, stop)
+                hub = None if push is None else Publisher(recipe, path, push, sinks)
+                _run_stages(plan, run, files, sinks, stop, hub)
+                run.set_status("finished")
+                if hub is not None:
+                    hub.finish()
             except StopRequested:
                 run.set_status("interrupted")
                 raise
@@ -72,11 +83,12 @@ def train_recipe(loaded: LoadedRecipe, recipe_text: str, *, go_on: bool, console
                 raise
             finally:
                 sinks.close()
-            run.set_status("finished")
     return path
 
 
-def _run_stages(plan: Plan, run: RunFolder, files: JsonlSink, sinks: Sinks, stop: StopSignal) -> None:
+def _run_stages(
+    plan: Plan, run: RunFolder, files: JsonlSink, sinks: Sinks, stop: StopSignal, hub: Publisher | None
+) -> None:
     """Each stage starts from what it names: the one before, an earlier one, or the recipe's model."""
     base = _base(plan, run)
     starts = {"base": base, "previous": base}
@@ -87,9 +99,10 @@ def _run_stages(plan: Plan, run: RunFolder, files: JsonlSink, sinks: Sinks, stop
             verify_folder(folder.final)
             sinks.event(stage.name, stage.stage.steps, "info", "finished before, skipped", {})
         else:
-            if isinstance(stage, GrpoPlan) and stage.stage.engine == "trl":
+            if stage.stage.engine == "trl":
                 run.mark_inexact(INEXACT)
-            context = Context(plan.recipe, plan.tokenizer, folder, start, files, sinks, stop, run.mark_inexact)
+            publish = None if hub is None else hub.checkpoint
+            context = Context(plan.recipe, plan.tokenizer, folder, start, files, sinks, stop, run.mark_inexact, publish)
             if isinstance(stage, SftPlan):
                 run_sft(context, stage)
             else:
@@ -122,7 +135,11 @@ def _open(plan: Plan, path: Path, recipe_text: str, *, going_on: bool) -> RunFol
     resolved = resolved_yaml(recipe.model_copy(update={"plugins": copies}))
     if not going_on:
         return RunFolder.create(
-            path, recipe_text=recipe_text, resolved_text=resolved, plugins=plugins, facts={"hashes": plan.hashes}
+            path,
+            recipe_text=recipe_text,
+            resolved_text=resolved,
+            plugins=plugins,
+            facts={"hashes": plan.hashes, "labels": plan.labels},
         )
     run = RunFolder.open(path)
     try:

@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.table import Table
 
 from grpo_lab.algorithm.intervals import bootstrap_interval
+from grpo_lab.corpus_evaluation import corpus_differences, corpus_signatures, corpus_values
+from grpo_lab.corpus_metrics import CorpusMetric, corpus_metrics
 from grpo_lab.evaluate import mean_and_interval
 from grpo_lab.recipe import load_recipe
 from grpo_lab.recipe.schema import GrpoStage, SftStage
@@ -32,15 +34,23 @@ def summarise(run: Path) -> dict[str, Any]:
 
 
 def stage_outcome(run: Path, name: str, stage: SftStage | GrpoStage) -> dict[str, Any]:
-    """What a finished stage achieved, as far as it was measured."""
+    """What a stage achieved, as far as it was measured; before and after once it is finished."""
     folder = StageFolder(run / name)
     found: dict[str, Any] = {"kind": stage.kind, "steps": stage.steps, "final": str(folder.final)}
+    if not folder.result.is_file():
+        return found
     if isinstance(stage, GrpoStage) and stage.evaluation is not None:
         before, after = (read_jsonl(folder.evaluation(step)) for step in (0, stage.steps))
-        found |= {"held_out": before_and_after(before, after), "examples": pairs(before, after)}
+        of_corpus = corpus_metrics({term.name: term.options for term in stage.reward_terms})
+        held_out = before_and_after(before, after) | corpus_before_and_after(before, after, of_corpus)
+        greedy = [row for row in after if row["arm"] == "greedy"]
+        found |= {"held_out": held_out, "examples": pairs(before, after)}
+        found |= {"signatures": corpus_signatures(greedy, of_corpus)}
     elif stage.evaluation is not None:
-        losses = [line["eval_loss"] for line in read_jsonl(folder.metrics) if "eval_loss" in line]
-        found |= {"eval_loss": {"before": losses[0], "after": losses[-1]}}
+        measured = [line for line in read_jsonl(folder.metrics) if "eval_loss" in line]
+        selected = read_json(folder.result).get("selected", measured[-1]["step"])
+        (final,) = (line for line in measured if line["step"] == selected)
+        found |= {"eval_loss": {"before": measured[0]["eval_loss"], "after": final["eval_loss"]}}
     return found
 
 
@@ -61,6 +71,20 @@ def before_and_after(before: Rows, after: Rows) -> dict[str, dict[str, Any]]:
                 "change": {"mean": float(difference.mean()), "low": low, "high": high},
                 "num_prompts": len(difference),
             }
+    return table
+
+
+def corpus_before_and_after(
+    before: Rows, after: Rows, metrics: Mapping[str, CorpusMetric]
+) -> dict[str, dict[str, Any]]:
+    """The same for metrics of the whole corpus."""
+    table: dict[str, dict[str, Any]] = {}
+    for arm in dict.fromkeys(row["arm"] for row in before) if metrics else ():
+        old, new = ([row for row in rows if row["arm"] == arm] for rows in (before, after))
+        values = corpus_values(old, metrics), corpus_values(new, metrics), corpus_differences(old, new, metrics)
+        for name in values[0]:
+            found = dict(zip(("before", "after", "change"), (each[name] for each in values), strict=True))
+            table[f"{arm}/{name}"] = found | {"num_prompts": len({row["unit"] for row in new})}
     return table
 
 
@@ -114,6 +138,8 @@ def show(summary: Mapping[str, Any], console: Console) -> None:
     for name, stage in summary["stages"].items():
         if "held_out" in stage:
             console.print(held_out_table(name, stage["held_out"], width=console.width))
+            for kind, signature in stage.get("signatures", {}).items():
+                console.print(f"  {kind}: {signature}", markup=False, highlight=False, soft_wrap=True)
             for pair in stage["examples"]:
                 for label, key in (("prompt", "prompt"), ("before", "before"), ("after ", "after")):
                     text = f"  {label}  {safe(pair[key])}"

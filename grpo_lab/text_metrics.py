@@ -4,6 +4,7 @@ What several gold answers mean is always the same: the best match counts. Texts 
 ROUGE, BLEU and chrF are computed by `rouge-score` and `sacrebleu`, which come with `pip install "grpo-lab[metrics]"`.
 """
 
+import json
 import re
 import string
 from collections import Counter
@@ -15,6 +16,8 @@ from grpo_lab.errors import SetupError
 
 Rouge = Literal["rouge1", "rouge2", "rougeL"]
 BleuTokens = Literal["13a", "intl", "char", "zh", "none"]
+
+NO_ENTITIES = "none"  # how an answer says so, a line each
 
 _ARTICLES = re.compile(r"\b(?:a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -151,6 +154,39 @@ def corpus_entity_f1(pairs: Iterable[tuple[Sequence[Hashable], Sequence[Hashable
         "recall": common / num_gold if num_gold else 0.0,
         "f1": 2 * common / (num_found + num_gold) if num_found + num_gold else 0.0,
     }
+
+
+def read_entities(written: Any, form: Literal["lines", "json"]) -> list[tuple[str, str]] | None:
+    """The (type, text) pairs that a text, or a list of such pairs or of {type, text}, holds; None if it is not so.
+
+    "lines" are `type: text`, or `none` alone; "json" is a list. Types lose their case, texts keep it.
+
+    >>> read_entities("PER: Ann\\nLOC: New  York", "lines"), read_entities("none", "lines"), read_entities("Ann", "lines")
+    ([('per', 'Ann'), ('loc', 'New York')], [], None)
+    """
+    if not isinstance(written, str):
+        return _pairs(written)
+    if form == "json":
+        try:
+            return _pairs(json.loads(written))
+        except (ValueError, RecursionError):
+            return None
+    lines = [line.strip() for line in written.splitlines() if line.strip()]
+    if [line.casefold() for line in lines] == [NO_ENTITIES]:
+        return []
+    return _pairs([line.split(":", 1) for line in lines]) if lines else None
+
+
+def _pairs(items: Any) -> list[tuple[str, str]] | None:
+    """Pairs with the type in lower case; None if an item is neither {type, text} nor [type, text]."""
+    if not isinstance(items, list | tuple):
+        return None
+    pairs: list[Any] = [(item.get("type"), item.get("text")) if isinstance(item, dict) else item for item in items]
+    for pair in pairs:
+        if not isinstance(pair, list | tuple) or len(pair) != 2 or not all(isinstance(each, str) for each in pair):
+            return None
+    found = [(kind.strip().casefold(), " ".join(text.split())) for kind, text in pairs]
+    return found if all(kind and text for kind, text in found) else None
 
 
 def rouge(prediction: str, golds: Sequence[str], *, kind: Rouge = "rougeL", stemmer: bool = False) -> float | None:

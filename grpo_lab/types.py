@@ -149,10 +149,14 @@ class Batch:
 
 
 class LogpsAndEntropy(NamedTuple):
-    """What one forward pass of the policy returns, in nats; rows and columns as in the batch."""
+    """What one forward pass of the policy returns, in nats; rows and columns as in the batch.
+
+    `largest`: the log-prob of the token that was most probable in that place, without gradient; None = not asked for.
+    """
 
     logps: Float[Tensor, "N T"]
     entropy: Float[Tensor, "N T"]
+    largest: Float[Tensor, "N T"] | None = None
 
 
 @dataclass(frozen=True)

@@ -1,15 +1,11 @@
 """How many of the named entities are found."""
 
-import json
 from typing import Any, Literal
 
 from grpo_lab.scoring import reward
 from grpo_lab.text import extract as extracted
-from grpo_lab.text_metrics import bio_spans, entity_f1
+from grpo_lab.text_metrics import bio_spans, entity_f1, read_entities
 from grpo_lab.types import Completion
-
-Form = Literal["lines", "json", "tags"]
-NONE = "none"
 
 
 @reward(range=(0.0, 1.0))
@@ -39,10 +35,10 @@ def entities(
     if form == "tags":
         gold_tags = answer.split() if isinstance(answer, str) else list(answer)
         return 0.0 if text is None else _tagged_f1(text.split(), gold_tags)
-    gold = _read(answer, form) if isinstance(answer, str) else _pairs(answer)
+    gold = read_entities(answer, form)
     if gold is None:
         raise ValueError(f"the column answer holds no entities in the form {form}, but {answer!r:.80}")
-    found = None if text is None else _read(text, form)
+    found = None if text is None else read_entities(text, form)
     return 0.0 if found is None else entity_f1(found, gold)
 
 
@@ -52,28 +48,3 @@ def _tagged_f1(found: list[str], gold: list[str]) -> float:
         return entity_f1(bio_spans(found), spans) if len(found) == len(gold) else 0.0
     except ValueError:  # the model wrote something that is no tag
         return 0.0
-
-
-def _read(text: str, form: Form) -> list[tuple[str, str]] | None:
-    """The (type, text) pairs that a text writes; None if it is not in the form."""
-    if form == "json":
-        try:
-            return _pairs(json.loads(text))
-        except (ValueError, RecursionError):
-            return None
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    if [line.casefold() for line in lines] == [NONE]:
-        return []
-    return _pairs([line.split(":", 1) for line in lines]) if lines else None
-
-
-def _pairs(items: Any) -> list[tuple[str, str]] | None:
-    """Pairs with the type in lower case; None if an item is neither {type, text} nor [type, text]."""
-    if not isinstance(items, list | tuple):
-        return None
-    pairs = [(item.get("type"), item.get("text")) if isinstance(item, dict) else item for item in items]
-    for pair in pairs:
-        if not isinstance(pair, list | tuple) or len(pair) != 2 or not all(isinstance(each, str) for each in pair):
-            return None
-    found = [(kind.strip().casefold(), " ".join(text.split())) for kind, text in pairs]
-    return found if all(kind and text for kind, text in found) else None

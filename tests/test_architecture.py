@@ -16,12 +16,12 @@ PACKAGE = ROOT / "grpo_lab"
 # From the ground up. A name is a module or a folder of `grpo_lab`; a module imports from lower floors and its own folder.
 FLOORS = [
     {"types", "errors", "seeds", "padding", "bundled", "algorithm", "recipe", "attention", "sandbox"}
-    | {"text", "text_metrics", "answers", "expressions"},  # for authors of rewards
-    {"scoring", "policy", "sampling", "data", "tracking"},
+    | {"text", "text_metrics", "corpus_metrics", "answers", "expressions"},  # for authors of rewards
+    {"scoring", "policy", "sampling", "data", "tracking", "corpus_evaluation"},
     {"batching", "evaluate"},
     {"engines"},
     {"stages"},
-    {"assemble", "pipeline", "inspection", "summary", "finished", "estimate", "card", "publish"},
+    {"assemble", "pipeline", "inspection", "summary", "finished", "estimate", "card", "publish", "baselines"},
     {"compare", "bench"},
     {"commands", "cli", "cli_rewards"},
 ]
@@ -84,6 +84,23 @@ def test_every_file_has_exactly_one_floor():
 
 def test_imports_go_down_and_never_sideways():
     assert violations({path: text for path, text in sources().items() if path != "__init__.py"}) == []
+
+
+def test_trl_is_imported_in_two_files_and_only_the_probe_goes_inside():
+    """The engine keeps to what TRL's package offers; no file of it takes a private attribute of something else's."""
+    files = {path: text for path, text in sources().items() if path != "__init__.py"}
+    found = {
+        path: {name for name in imports(text, path) if name.split(".")[0] == "trl"} for path, text in files.items()
+    }
+    assert {path: names for path, names in found.items() if names} == {
+        "engines/trl.py": {"trl"},
+        "engines/trl_probe.py": {"trl", "trl.trainer"},
+    }
+    for path in ("engines/trl.py", "engines/trl_rollouts.py", "stages/grpo_trl.py"):
+        attributes = [node for node in ast.walk(ast.parse(files[path])) if isinstance(node, ast.Attribute)]
+        others = [node.attr for node in attributes if ast.unparse(node.value) != "self"]
+        private = [name for name in others if name.startswith("_") and not name.startswith("__")]
+        assert private == [], path
 
 
 def test_importing_the_package_imports_nothing_of_it():

@@ -7,9 +7,16 @@ from grpo_lab.assemble import assemble
 from grpo_lab.compare import report
 from grpo_lab.compare.parity import CASES, compare
 from grpo_lab.recipe import load
+from grpo_lab.recipe.schema import Algorithm
+from grpo_lab.scoring import bind
+
+AGAINST = {"rloo": "RLOOTrainer", "reinforce_pp": "float64 sheet", "reinforce_pp_baseline": "float64 sheet"}
 
 
-@pytest.fixture(scope="module", params=["r: 4, alpha: 8", "r: 4, rslora: true, target_modules: [q_proj, up_proj]"])
+@pytest.fixture(
+    scope="module",
+    params=["r: 4, alpha: 8", "r: 4, rslora: true, target_modules: [q_proj, up_proj]", "r: 4, dora: true"],
+)
 def adapted(request, tmp_path_factory, toy_text):
     path = tmp_path_factory.mktemp("toy") / "toy.yaml"
     path.write_text(toy_text)
@@ -35,7 +42,17 @@ def test_native_equals_trl_under_lora(adapted, case):
     compared = {check.quantity for check in found.checks}
     assert {"reference log-probs", "KL", "loss", "weights"} <= compared
     kl = next(check.detail for check in found.checks if check.quantity == "KL")
-    assert float(kl.removeprefix("KL ")) > 1e-3  # not the policy's own log-probs
+    assert float(kl.removeprefix("KL ")) > 5e-5  # not the policy's own log-probs
+
+
+@pytest.mark.parametrize("preset", ["dapo", "gspo", "cispo", "rloo", "reinforce_pp", "reinforce_pp_baseline", "gdpo"])
+def test_every_partner_equals_the_native_engine_under_lora(adapted, preset):
+    algorithm = Algorithm(preset=preset, num_iterations=2)
+    stage = adapted.stage.model_copy(update={"algorithm": algorithm})
+    rewards = bind(stage.reward_terms, adapted.plan.registry)
+    found = compare(adapted.policy, adapted.examples, rewards, stage, CASES[1], seed=adapted.seed)
+    assert found.first_failure is None
+    assert found.against == AGAINST.get(preset, "GRPOTrainer")
 
 
 def test_only_the_adapter_is_compared_and_its_second_factor_is_not_0(adapted):

@@ -65,7 +65,7 @@ def test_native_equals_trl(toy, variant, case):
     found = run(with_variant(toy, algorithm), case)
     assert failures(found) == []
     assert found.against == AGAINST.get(algorithm.preset, "GRPOTrainer")
-    assert found.case == case
+    assert found.case == case.name
     expected = {"rewards", "advantages", "log-probs", "loss", "gradient", "weights"}
     expected |= {"reference log-probs"} if algorithm.beta > 0 else set()
     expected |= {"KL"} if algorithm.beta > 0 and algorithm.kl_placement == "loss" else set()
@@ -114,7 +114,7 @@ def test_what_trl_s_grpo_trainer_lacks_goes_against_another_partner(toy):
 def test_what_trl_takes_per_micro_batch_is_compared_with_one_and_said_so(toy, options):
     found = run(with_algorithm(toy, num_iterations=2, **options), Case(off_policy=True, accumulation=4))
     assert failures(found) == []
-    assert found.case.accumulation == 1
+    assert found.case.endswith(", 1 micro-batch")
     assert any(note.startswith(next(iter(options))) for note in found.notes)
 
 
@@ -252,6 +252,13 @@ def test_recorded_batches_are_uneven_and_have_signal(toy):
 
 LENGTHS = (8, 4, 2, 2)
 FORMULAS = {name: a for name, a in VARIANTS.items() if a.reward_aggregation == "sum" and a.preset not in AGAINST}
+FORMULAS |= {
+    "two-sided clip": Algorithm(delta=1.3),
+    "two-sided clip, token reduction": Algorithm(delta=1.3, reduction="token", beta=0.0),
+    "sequence ratio, token reduction": Algorithm(ratio_level="sequence", reduction="token"),
+    "bias correction": Algorithm(kl_bias_correction=True),
+    "bias correction, sequence ratio": Algorithm(kl_bias_correction=True, ratio_level="sequence"),
+}
 
 
 @pytest.mark.parametrize("variant", FORMULAS)
@@ -297,7 +304,8 @@ def test_parity_prints_what_it_did_and_passes(cli, toy_recipe):
     assert found["passed"] is True
     assert found["versions"]["trl"] == "1.16.0"
     assert [case["first_failure"] for case in found["cases"]] == [None, None]
-    assert sum("position" in each for each in found["by_design"]) == 1
+    for tried in ("position ids", "dropout", "an empty completion", "could not be scored", "equal rewards"):
+        assert sum(tried in each for each in found["by_design"]) == 1, tried
 
 
 def test_a_failed_gate_exits_with_1_and_names_the_quantity(cli, toy_recipe, monkeypatch):
@@ -324,6 +332,7 @@ def test_the_table_of_presets_says_what_was_not_compared(cli, toy_recipe, monkey
     monkeypatch.setattr("grpo_lab.compare.sheet.covers", lambda algorithm: False)
     ran = cli("compare", toy_recipe, "--parity", "--presets")
     assert ran.code == 0
-    assert ran.out.count("pass") == 1 + 2 + 2  # both cases, and the verdict
+    assert ran.out.count("pass") == 1 + 4 + 4  # both cases with a KL and without, and the verdict
     assert "RLOOTrainer" in ran.out
-    assert "reinforce_pp (beta 0.01): not compared. algorithm.advantage_baseline" in ran.out
+    for beta in ("0.01", "0"):
+        assert f"reinforce_pp (beta {beta}): not compared. algorithm.advantage_baseline" in ran.out

@@ -89,6 +89,7 @@ def test_two_runs_are_compared(cli, runs):
     assert ran.code == 0, ran.err
     found = json.loads(ran.out)
     assert "seed: 0 -> 1" in found["recipe_differences"][str(runs[1])]
+    assert [each["trl"] for each in found["versions"]] == ["1.16.0"] * 2
     stage = found["stages"]["grpo"]
     assert len(stage["training"]) == 2
     assert stage["held_out"]["greedy/reward"]["differences"][0]["num_items"] > 0
@@ -97,6 +98,7 @@ def test_two_runs_are_compared(cli, runs):
     assert shown.code == 0
     assert "seed: 0 -> 1" in shown.out
     assert "s1 - s0" in shown.out
+    assert shown.out.count("trl 1.16.0, torch ") == 2
 
 
 def test_what_is_no_finished_run_is_refused(cli, runs, tmp_path):

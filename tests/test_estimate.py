@@ -150,6 +150,7 @@ def test_the_command_shows_every_stage_and_says_json(cli, toy_recipe):
     ran = cli("estimate", toy_recipe, "--memory", "4")
     assert ran.code == 0, ran.err
     assert "warm_start: MiB" in ran.out
+    assert "weights below 64 MiB: the C library keeps freed memory" in " ".join(ran.out.split())
     assert "micro_batch_size: null fits in 4.0 GiB" in ran.out
     found = json.loads(cli("estimate", toy_recipe, "--json").out)
     assert found["peak"] == max(stage["peak"] for stage in found["stages"].values())

@@ -107,9 +107,11 @@ def test_every_completion_has_a_row():
     assert rows[2] == {
         "arm": "greedy",
         "id": "e2",
+        "unit": "e2",
         "sample": 0,
         "prompt": "2?",
         "completion": "two...",
+        "answer": "2",
         "num_tokens": 6,
         "finished": False,
         "terms": {"accuracy_strict": 0.0},

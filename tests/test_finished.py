@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 
 import pytest
 import torch
@@ -105,13 +106,31 @@ def test_the_commands(run, cli, tmp_path, monkeypatch):
     shown = cli("sample", run, "1+2=", "--compare").out
     assert "before" in shown
     assert "after" in shown
-    monkeypatch.setattr("sys.stdin", io.StringIO("1+2=\n3+4=\n\n"))
-    assert cli("chat", run).code == 0
+    for options in ([], ["--compare"]):
+        monkeypatch.setattr("sys.stdin", io.StringIO("1+2=\n3+4=\n\n"))
+        talked = cli("chat", run, *options)
+        assert (talked.code, talked.out.count("before")) == (0, 2 * len(options))
     result = cli("export", run, "--merge", "--gguf", "--to", tmp_path / "out")
     assert result.code == 0
     assert f"convert_hf_to_gguf.py {tmp_path}/out --outfile {tmp_path}/out.gguf" in result.out.replace("\n", "")
+    assert cli("export", run, "--gguf", "--to", tmp_path / "b").code == 2  # an adapter alone
+    assert not (tmp_path / "b").exists()
     assert cli("export", run, "--merge", "--to", tmp_path / "out").code == 2  # exists
     assert cli("export", run, "--dtype", "float64", "--to", tmp_path / "b").code == 2
     assert cli("export", run, "--dtype", "bfloat16", "--to", tmp_path / "b").code == 2
     assert cli("sample", tmp_path, "x").code == 2
     assert cli("sample", run, "x", "--stage", "nothing").code == 2
+
+
+@pytest.mark.parametrize("code", [0, 3])
+def test_an_installed_converter_is_run_and_its_failure_is_said(run, cli, tmp_path, monkeypatch, code):
+    program = tmp_path / "bin" / "convert_hf_to_gguf.py"
+    program.parent.mkdir()
+    program.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/asked\necho no such architecture\nexit {code}\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(program.parent), prepend=os.pathsep)
+    ran = cli("export", run, "--merge", "--gguf", "--to", tmp_path / "out")
+    assert (tmp_path / "asked").read_text() == f"{tmp_path}/out --outfile {tmp_path}/out.gguf\n"
+    assert ran.code == (4 if code else 0)
+    assert ("ended with exit code 3:\nno such architecture" in ran.err) == (code == 3)
+    assert (tmp_path / "out" / "model.safetensors").is_file()

@@ -141,6 +141,20 @@ def test_the_kl_is_0_at_the_first_step_and_not_later(run):
     assert kls["fresh"][-1] > 1e-6
 
 
+@pytest.mark.parametrize("beta, copies", [(0.0, 0), (0.04, 1)])
+def test_without_a_kl_there_is_no_reference(tmp_path, monkeypatch, toy_text, beta, copies):
+    from grpo_lab.stages import grpo
+
+    made, copy_of = [], grpo.frozen_copy
+    monkeypatch.setattr(grpo, "frozen_copy", lambda policy: made.append(copy_of(policy)) or made[-1])
+    (tmp_path / "toy.yaml").write_text(toy_text)
+    changes = ["stages.warm_start.steps=1", "stages.grpo.steps=1", "stages.grpo.evaluation=null"]
+    changes += [f"output_dir={tmp_path}/runs", f"stages.grpo.algorithm.beta={beta}"]
+    loaded = load(tmp_path / "toy.yaml", changes)
+    train_recipe(loaded, toy_text, go_on=False, console=Console(file=io.StringIO()), quiet=True)
+    assert len(made) == copies
+
+
 def test_checkpoints_and_final_hold_the_adapter_and_no_reference(run):
     names = set(load_file(run / "warm" / "final" / "adapter_model.safetensors"))
     saved = load_file(run / "warm" / "checkpoints" / "step-000003" / "model.safetensors")

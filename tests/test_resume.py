@@ -329,7 +329,7 @@ def on_call(place: str, act: Callable[[], None]) -> Callable[[], None]:
 MOMENTS = {
     "load": before("read", "config.json", terminate),
     "learning from demonstrations": on_call("grpo_lab.stages.sft:negative_log_likelihood", interrupt),
-    "held-out loss": on_call("grpo_lab.stages.sft:evaluation_loss", terminate),
+    "held-out loss": on_call("grpo_lab.stages.sft:measure_rows", terminate),
     "the end of a stage": before("os.mkdir", ".tmp-final", interrupt),
     "sampling": on_call("grpo_lab.sampling.shared:SharedPromptDecoder._write", terminate),
     "rewards": on_call("grpo_lab.scoring.reward_set:call", interrupt),

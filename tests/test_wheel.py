@@ -59,11 +59,15 @@ def test_a_wheel_holds_the_package_its_recipes_and_its_rewards_and_nothing_else(
         f"rewards/{name}" for name in names("rewards", "*.py")
     }
     modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "grpo_lab").rglob("*.py")}
-    assert {name for name in files if not name.startswith("grpo_lab/_bundled/")} - modules == {
+    templates = {
+        path.relative_to(ROOT).as_posix() for path in (ROOT / "grpo_lab" / "data" / "templates").glob("*.jinja")
+    }
+    assert len(templates) == 3
+    assert {name for name in files if not name.startswith("grpo_lab/_bundled/")} - modules - templates == {
         f"grpo_lab-{wheel.name.split('-')[1]}.dist-info/{name}"
         for name in ("METADATA", "RECORD", "WHEEL", "entry_points.txt")
     }
-    assert modules <= set(files)
+    assert modules | templates <= set(files)
 
 
 def test_installed_elsewhere_it_lists_its_own_recipes(run, installed):

@@ -36,8 +36,9 @@ def group_advantages(
     Args:
         scale: what to divide by. "group" as in the paper; "none" is Dr. GRPO (arXiv:2503.20783), which shows that the
             division favours prompts with low variance; "batch" divides by the std of all scored rewards of the P
-            groups (around their common mean, as in TRL); "centred" by the std of all the differences r_ig - mean_g r_i,
-            so that how far prompts lie apart does not count (REINFORCE++ with baseline, arXiv:2501.03262).
+            groups (around their common mean, as in TRL; Lite PPO, arXiv:2508.08221); "centred" by the std of all the
+            differences r_ig - mean_g r_i, so that how far prompts lie apart does not count (REINFORCE++ with baseline,
+            arXiv:2501.03262).
         eps: in reward units; 1e-4 as in TRL.
 
     >>> group_advantages(torch.tensor([[1.0, 0.0, 0.0, 1.0]]), scale="none")

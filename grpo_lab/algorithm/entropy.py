@@ -36,7 +36,9 @@ def entropy_bonus(
 ) -> Float[Tensor, ""]:
     """What is taken from the loss, times a coefficient, so that the policy keeps exploring: mean entropy, in nats.
 
-    sum_t weight_t * H_t over the mask. With `token_weights(..., reduction="token")` of the whole optimiser step this is
+    sum_t weight_t * H_t over the mask                          as in A3C (arXiv:1602.01783)
+
+    With `token_weights(..., reduction="token")` of the whole optimiser step this is
     the mean over tokens, and the shares of micro-batches add up to it. The entropy must carry its gradient.
 
     >>> mask = torch.tensor([[True, True, False]])

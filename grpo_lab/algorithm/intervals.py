@@ -36,6 +36,27 @@ def bootstrap_interval(values: Float[Tensor, "P"], *, num_resamples: int = 2000,
     generator = torch.Generator().manual_seed(seed)
     values = values.double()
     index = torch.randint(len(values), (num_resamples, len(values)), generator=generator)
-    means = values[index].mean(1)
-    low, high = torch.quantile(means, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return percentiles(values[index].mean(1))
+
+
+def bootstrap_sums(
+    statistics: Float[Tensor, "P S"], *, num_resamples: int = 2000, seed: int = 0
+) -> Float[Tensor, "R S"]:
+    """The sums of `statistics` over resampled prompts, for metrics of a whole corpus (F1, BLEU) that are no means.
+
+    The same number of prompts and `seed` draw the same prompts, so that two policies can be compared in pairs.
+
+    >>> bootstrap_sums(torch.ones(4, 1), num_resamples=2).tolist()
+    [[4.0], [4.0]]
+    """
+    generator = torch.Generator().manual_seed(seed)
+    size = len(statistics)
+    index = torch.randint(size, (num_resamples, size), generator=generator)
+    counts = torch.zeros(num_resamples, size, dtype=torch.float64)
+    return counts.scatter_add_(1, index, torch.ones_like(counts)) @ statistics.double()
+
+
+def percentiles(values: Float[Tensor, "R"]) -> tuple[float, float]:
+    """The 2.5 and 97.5 % quantiles of a bootstrap's values."""
+    low, high = torch.quantile(values.double(), torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return low, high

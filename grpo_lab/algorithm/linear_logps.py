@@ -14,10 +14,12 @@ _IN_CACHE = 1 << 18
 
 
 class LogpsAndSpread(NamedTuple):
-    """Log-probabilities of K tokens and the entropy at each of the R places they were predicted from, in nats."""
+    """Log-probabilities of K tokens, and for each of the R places they were predicted from its entropy and the
+    log-probability of the most probable token there (without gradient). In nats."""
 
     logps: Float[Tensor, "K"]
     entropy: Float[Tensor, "R"]
+    largest: Float[Tensor, "R"]
 
 
 def linear_logps(
@@ -59,7 +61,7 @@ class _LinearLogps(torch.autograd.Function):
         rows: Tensor,
         temperature: float,
         held: int,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         num_rows, vocabulary = len(hidden), len(weight)
         wants_gradient = any(ctx.needs_input_grad[:3])
         keep = wants_gradient and num_rows * vocabulary <= held
@@ -89,11 +91,14 @@ class _LinearLogps(torch.autograd.Function):
         ctx.save_for_backward(hidden, weight, bias, ids, rows, total, entropy, *exps)
         ctx.temperature, ctx.order = temperature, order
         ctx.set_materialize_grads(False)
-        logps = chosen - total.log()[rows]
-        return torch.empty_like(logps).index_copy_(0, order, logps), entropy
+        logps, largest = chosen - total.log()[rows], -total.log()
+        ctx.mark_non_differentiable(largest)
+        return torch.empty_like(logps).index_copy_(0, order, logps), entropy, largest
 
     @staticmethod
-    def backward(ctx: Any, grad_logps: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, grad_logps: Tensor | None, grad_entropy: Tensor | None, _: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, ids, rows, total, entropy, *exps = ctx.saved_tensors
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         num_rows, vocabulary = len(hidden), len(weight)

@@ -79,8 +79,10 @@ def sampler_correction_weights(
 ) -> Float[Tensor, "N T"]:
     """Corrects for a sampler that is not quite pi_old: pi_old / sampler, bounded by the cap, without gradient.
 
-    truncate    min(pi_old / sampler, cap)                         truncated importance sampling
-    mask        pi_old / sampler, and 0 where it exceeds the cap    masked importance sampling
+    truncate    min(pi_old / sampler, cap)                          truncated importance sampling: Yao et al. 2025, "Your
+                Efficient RL Framework Secretly Brings You Off-Policy RL Training" (fengyao.notion.site/off-policy-rl)
+    mask        pi_old / sampler, and 0 where it exceeds the cap    masked: IcePop, Ring-1T (arXiv:2510.18855), which
+                also masks below a lower bound
 
     Another kernel, dtype or a cut-off such as top_p makes the two differ. The cap bounds the variance that rare tokens
     would bring. At level "sequence" the quotient is the product over a completion's tokens and counts for all of them.

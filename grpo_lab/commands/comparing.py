@@ -1,12 +1,13 @@
 """Engines and runs against each other."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from grpo_lab.assemble import assemble
 from grpo_lab.bundled import find_recipe
 from grpo_lab.commands.showing import print_json, wide_console
-from grpo_lab.compare import race, race_report, report, runs
+from grpo_lab.compare import race, race_report, report, runs, sft_parity
 from grpo_lab.errors import UsageError
 from grpo_lab.pipeline import quiet_libraries
 from grpo_lab.recipe import load
@@ -25,18 +26,30 @@ def compare_engines(
     processes: int,
     as_json: bool,
 ) -> bool:
-    """Both engines on one batch (`parity`), or the native one against itself; whether all gates were passed."""
+    """Both engines on one batch (`parity`), or the native one against itself; whether all gates were passed.
+
+    A supervised stage is meant if it is named, or if the recipe has no other.
+    """
     recipe, *overrides = targets
     if parity and itself:
         raise UsageError("--parity and --self are two checks; ask for one at a time")
     quiet_libraries()
-    of = report.subject(assemble(load(find_recipe(recipe), overrides)), stage, prompts)
+    plan = assemble(load(find_recipe(recipe), overrides))
+    learnt = sft_parity.supervised(plan, stage)
+    if learnt is not None and not itself and not presets:
+        found = report.sft_report(sft_parity.sft_subject(plan, learnt, prompts))
+        return _shown(found, report.show_parity, as_json=as_json)
+    of = report.subject(plan, stage, prompts)
     if itself:
         found, show_report = report.self_report(of, processes=processes), report.show_self
     elif presets:
         found, show_report = report.presets_report(of), report.show_presets
     else:
         found, show_report = report.parity_report(of), report.show_parity
+    return _shown(found, show_report, as_json=as_json)
+
+
+def _shown(found: dict[str, Any], show_report: Callable[[Any, Any], None], *, as_json: bool) -> bool:
     if as_json:
         print_json(found)
     else:

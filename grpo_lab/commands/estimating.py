@@ -12,10 +12,15 @@ from grpo_lab.commands.showing import print_json, wide_console
 from grpo_lab.errors import UsageError
 from grpo_lab.estimate.stages import estimate_stage
 from grpo_lab.pipeline import quiet_libraries
+from grpo_lab.policy.freed import LARGE
 from grpo_lab.recipe import load
 from grpo_lab.tracking.stopwatch import peak_memory_mib
 
 GIB = 1 << 30
+SMALL_MODEL = (
+    f"weights below {LARGE >> 20} MiB: the C library keeps freed memory, which is quicker and may take a GiB more; with "
+    "MALLOC_MMAP_THRESHOLD_=262144 in the environment it is given back"
+)
 
 
 def estimate(recipe: str, overrides: Sequence[str], *, memory: float | None, as_json: bool) -> None:
@@ -55,6 +60,8 @@ def show_estimate(found: Mapping[str, Any], console: Console, memory: float | No
         if not stage.get("fits", True):
             console.print(f"{name} does not fit in {memory} GiB", markup=False, highlight=False)
     total = (found["peak"] + found["imports"]) / GIB
+    if any(stage["parts"]["weights"] < LARGE for stage in found["stages"].values()):
+        console.print(SMALL_MODEL, markup=False, highlight=False)
     text = f"at most {found['peak'] / GIB:.2f} GiB and {found['imports'] / GIB:.2f} GiB for Python: {total:.2f} GiB"
     console.print(text, markup=False, highlight=False)
 

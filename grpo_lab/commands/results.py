@@ -10,8 +10,9 @@ from rich.text import Text
 
 from grpo_lab import finished
 from grpo_lab.commands.showing import print_json, wide_console
-from grpo_lab.errors import UsageError
+from grpo_lab.errors import SetupError, UsageError
 from grpo_lab.pipeline import quiet_libraries
+from grpo_lab.policy.adapter_files import is_adapter
 from grpo_lab.policy.load import DTYPES
 from grpo_lab.tracking.console import safe
 from grpo_lab.types import Policy
@@ -25,15 +26,15 @@ def export(
         raise UsageError(f"--dtype {dtype}: choose {' or '.join(DTYPES)}")
     quiet_libraries()
     of = finished.finished_stage(run, stage)
+    if gguf and not merge and is_adapter(of.final):
+        raise UsageError("--gguf needs a whole model: add --merge")
     folder = to or run.with_name(f"{run.name}-{of.stage}" + ("-merged" if merge else ""))
     found = finished.export(of, folder, merge=merge, dtype=dtype)
     if gguf:
-        if found["kind"] == "adapter":
-            raise UsageError("--gguf needs a whole model: add --merge")
         command = finished.gguf_command(folder)
         found["gguf"] = shlex.join(command)
         if Path(command[0]).is_absolute():
-            subprocess.run(command, check=True)
+            convert(command)
     if as_json:
         print_json(found)
         return
@@ -45,6 +46,18 @@ def export(
         lines.append(f"llama.cpp's {finished.CONVERTER} is not on the path; with it: {found['gguf']}")
     for line in lines:
         Console(soft_wrap=True).print(line, markup=False, highlight=False)
+
+
+def convert(command: list[str]) -> None:
+    """Run llama.cpp's converter; what it writes on its way is shown only if it fails.
+
+    Raises:
+        SetupError: it failed; the exported model stays.
+    """
+    ran = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if ran.returncode != 0:
+        said = "\n".join(ran.stdout.strip().splitlines()[-5:])
+        raise SetupError(f"{shlex.join(command)} ended with exit code {ran.returncode}:\n{said}")
 
 
 def sample(run: Path, prompt: str, *, stage: str | None, count: int, both: bool, seed: int, as_json: bool) -> None:

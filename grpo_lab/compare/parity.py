@@ -10,10 +10,10 @@ import torch
 from grpo_lab.compare import native_readout, sheet
 from grpo_lab.compare.gates import Check, first_failure, gradient_checks, largest, worst_of
 from grpo_lab.compare.recording import LONGEST_PRODUCT, Recording, record
-from grpo_lab.engines.readout import Readout, StepReadout
+from grpo_lab.engines.readout import Readout, SftReadout, StepReadout
 from grpo_lab.engines.trl_config import is_rloo
 from grpo_lab.padding import pad_left
-from grpo_lab.recipe.schema import GrpoStage
+from grpo_lab.recipe.schema import GrpoStage, Optimizer
 from grpo_lab.scoring import RewardSet
 from grpo_lab.types import Example, Policy
 
@@ -44,7 +44,7 @@ CASES = (Case(off_policy=False, accumulation=1), Case(off_policy=True, accumulat
 class Parity:
     """The outcome of one case: `in_order` as computed, step by step."""
 
-    case: Case
+    case: str
     against: str
     in_order: list[Check]
     notes: list[str]
@@ -86,7 +86,7 @@ def compare(
         theirs = trl_probe.read_out(policy, reference, recording.rollouts, stage, rounds=ROUNDS)
     start = dict(policy.model.named_parameters())
     said = [*notes(recording, native, theirs, one_prompt=alike), *narrowed(stage)]
-    return Parity(case, against, checks(native, theirs, start), said)
+    return Parity(case.name, against, checks(native, theirs, start), said)
 
 
 def partner(stage: GrpoStage) -> str:
@@ -126,21 +126,10 @@ def for_parity(stage: GrpoStage, *, num_prompts: int, accumulation: int) -> Grpo
     # Products of ratios are not clipped in rloo: at the larger rate plain SGD diverges on them and only rounding is compared.
     rate = LEARNING_RATE / 10 if algorithm.ratio_level == "sequence_sum" else LEARNING_RATE
     rows = num_prompts * stage.sampling.num_generations // algorithm.num_minibatches
-    optimizer = stage.optimizer.model_copy(
-        update={
-            "name": "sgd",
-            "learning_rate": rate,
-            "schedule": "constant",
-            "warmup_steps": 0,
-            "weight_decay": 0.0,
-            "momentum": 0.0,
-            "max_grad_norm": None,
-        }
-    )
     size = max(1, rows // accumulation)
     return stage.model_copy(
         update={
-            "optimizer": optimizer,
+            "optimizer": plain_sgd(stage.optimizer, rate),
             "algorithm": algorithm,
             "micro_batch_size": size,
             "prompts_per_step": num_prompts,
@@ -166,10 +155,30 @@ def checks(native: Readout, theirs: Readout, start: dict[str, Any]) -> list[Chec
             found.append(largest(name, one, other, LOGP_GATE))
     for ours, trls, scale in zip(native.steps, theirs.steps, native.loss_scales, strict=True):
         found += step_checks(ours, trls, scale)
+    return [*found, weight_check(native, theirs, start)]
+
+
+def weight_check(native: Readout | SftReadout, theirs: Readout | SftReadout, start: dict[str, Any]) -> Check:
+    """The weights after all steps."""
     moved = max(float((weight - start[name].detach()).abs().max()) for name, weight in theirs.weights.items())
     worst = worst_of([largest(name, native.weights[name], it, WEIGHT_GATE) for name, it in theirs.weights.items()])
     detail = f"after {len(native.steps)} SGD steps; moved by {moved:.1e}"
-    return [*found, Check("weights", worst.difference, WEIGHT_GATE, detail)]
+    return Check("weights", worst.difference, WEIGHT_GATE, detail)
+
+
+def plain_sgd(optimizer: Optimizer, rate: float) -> Optimizer:
+    """SGD at a constant rate, nothing else."""
+    return optimizer.model_copy(
+        update={
+            "name": "sgd",
+            "learning_rate": rate,
+            "schedule": "constant",
+            "warmup_steps": 0,
+            "weight_decay": 0.0,
+            "momentum": 0.0,
+            "max_grad_norm": None,
+        }
+    )
 
 
 def step_checks(native: StepReadout, theirs: StepReadout, scale: float) -> list[Check]:

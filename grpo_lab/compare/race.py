@@ -93,7 +93,8 @@ def plan_race(loaded: LoadedRecipe, stage: str | None, seeds: Sequence[int], con
     before = dict(list(recipe.stages.items())[: list(recipe.stages).index(name)])
     runs: list[Run] = []
     for seed in dict.fromkeys(seeds):
-        common = recipe.model_copy(update={"seed": seed, "output_dir": str(folder)})
+        own_track = recipe.tracking.model_copy(update={"push": None})  # nobody asked for the arms on the hub
+        common = recipe.model_copy(update={"seed": seed, "output_dir": str(folder), "tracking": own_track})
         model = common.model
         if before:
             start = common.model_copy(update={"name": f"start-s{seed}", "stages": before})

@@ -9,11 +9,14 @@ from rich.console import Console
 from rich.table import Table
 
 from grpo_lab.assemble import Plan
+from grpo_lab.compare.by_design import by_design
 from grpo_lab.compare.gates import Check, as_json, first_failure, new_table, table
-from grpo_lab.compare.parity import CASES, SHEET, Case, Parity, compare, partner, position_gap
+from grpo_lab.compare.parity import CASES, SHEET, Case, Parity, compare, partner
 from grpo_lab.compare.recording import with_learnt_adapter
 from grpo_lab.compare.self_check import self_check
-from grpo_lab.engines.trl_config import differences
+from grpo_lab.compare.sft_parity import CASES as SFT_CASES
+from grpo_lab.compare.sft_parity import SftSubject, compare_sft
+from grpo_lab.engines.trl_sft_config import sft_differences
 from grpo_lab.errors import RecipeError, UsageError
 from grpo_lab.policy.load import load_policy
 from grpo_lab.recipe.presets import PRESETS
@@ -24,6 +27,7 @@ from grpo_lab.stages.plan import GrpoPlan
 from grpo_lab.types import Example, Policy
 
 NUM_PROMPTS = 4
+WITH_KL = 0.04  # beta where a preset has none of its own
 COLUMNS = {  # quantity -> its heading
     "advantages": "adv.",
     "reference log-probs": "ref.",
@@ -82,13 +86,26 @@ def parity_report(of: Subject) -> dict[str, Any]:
     return {
         **header(of),
         "cases": [parity_json(each) for each in cases],
-        "by_design": by_design(of, of.stage),
+        "by_design": []
+        if partner(of.stage) == SHEET
+        else by_design(of.policy, of.examples, of.rewards, of.stage, seed=of.seed),
+        "passed": all(each.first_failure is None for each in cases),
+    }
+
+
+def sft_report(of: SftSubject) -> dict[str, Any]:
+    """Every case of a supervised stage."""
+    cases = [compare_sft(of, case) for case in SFT_CASES]
+    return {
+        **header(of),
+        "cases": [parity_json(each) for each in cases],
+        "by_design": sft_differences(of.stage),
         "passed": all(each.first_failure is None for each in cases),
     }
 
 
 def presets_report(of: Subject) -> dict[str, Any]:
-    """Every preset with the recipe's model, data, rewards and sizes; where a preset has no KL, once more with one."""
+    """Every preset with the recipe's model, data, rewards and sizes, with a KL and without."""
     rows: list[dict[str, Any]] = []
     for name, algorithm in variants(of.stage.algorithm):
         stage = of.stage.model_copy(update={"algorithm": algorithm})
@@ -101,14 +118,14 @@ def presets_report(of: Subject) -> dict[str, Any]:
 
 
 def variants(base: Algorithm) -> list[tuple[str, Algorithm]]:
-    """The presets, and those without a KL with beta .04 too."""
+    """The presets, each with the KL it has (or with beta .04) and without one."""
     kept = {"num_iterations": base.num_iterations, "num_minibatches": base.num_minibatches}
     found = []
     for preset in PRESETS:
-        algorithm = Algorithm(preset=preset, **kept)  # type: ignore[arg-type]
-        found.append((f"{preset} (beta {algorithm.beta:g})", algorithm))
-        if algorithm.beta == 0:
-            found.append((f"{preset} (beta 0.04)", Algorithm(preset=preset, beta=0.04, **kept)))  # type: ignore[arg-type]
+        own = Algorithm(preset=preset, **kept)  # type: ignore[arg-type]
+        for beta in (own.beta, 0.0 if own.beta else WITH_KL):
+            algorithm = Algorithm(preset=preset, beta=beta, **kept)  # type: ignore[arg-type]
+            found.append((f"{preset} (beta {beta:g})", algorithm))
     return found
 
 
@@ -125,30 +142,17 @@ def self_report(of: Subject, *, processes: int) -> dict[str, Any]:
     return {**header(of), "checks": as_json(found), "first_failure": failed, "passed": failed is None}
 
 
-def header(of: Subject) -> dict[str, Any]:
+def header(of: Subject | SftSubject) -> dict[str, Any]:
     """What was compared, and with which versions."""
     versions = {name: version(name) for name in ("grpo-lab", "trl", "torch", "transformers")}
     device = next(of.policy.model.parameters()).device.type
     return {"recipe": of.plan.recipe.name, "stage": of.name, "versions": versions, "device": device, "dtype": "float32"}
 
 
-def by_design(of: Subject, stage: GrpoStage) -> list[str]:
-    """Where the two engines differ on purpose, with what can be measured on this model measured."""
-    if partner(stage) == SHEET:
-        return []
-    gap = position_gap(of.policy, of.examples)
-    return [
-        *differences(stage),
-        f"position ids: leaving them out as TRL does moves log-probs after left padding by {gap:.1e} nats on this model",
-        "dropout: ours is off; TRL's is switched off here (disable_dropout), by default it is on while it samples too",
-        "an empty completion: TRL stops with an IndexError; ours weighs nothing and is not counted",
-    ]
-
-
 def parity_json(found: Parity) -> dict[str, Any]:
     """Plain values."""
     return {
-        "case": found.case.name,
+        "case": found.case,
         "against": found.against,
         "checks": as_json(found.checks),
         "first_failure": found.first_failure,

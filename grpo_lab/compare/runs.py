@@ -11,6 +11,8 @@ from grpo_lab.algorithm.intervals import bootstrap_interval
 from grpo_lab.compare.gates import new_table
 from grpo_lab.compare.picture import Curve, draw, sparkline
 from grpo_lab.compare.picture import bounds as bounds_of
+from grpo_lab.corpus_evaluation import corpus_differences, corpus_values
+from grpo_lab.corpus_metrics import CorpusMetric, corpus_metrics
 from grpo_lab.errors import UsageError
 from grpo_lab.recipe import Recipe, load_recipe
 from grpo_lab.recipe.resolved import difference
@@ -22,6 +24,7 @@ from grpo_lab.tracking.run_folder import RESOLVED, RUN, StageFolder
 
 LAST_STEPS = 10  # training metrics are averaged over so many last steps
 GREEDY = "eval_greedy/reward/mean"
+VERSIONS = ("grpo-lab", "trl", "torch", "transformers")
 METRICS = ("reward", "reward_std", "kl", "entropy", "completions/mean_length", "completions/clipped_ratio", "loss")
 
 
@@ -35,6 +38,7 @@ def compare_runs(paths: Sequence[Path]) -> dict[str, Any]:
     base = recipes[0]
     return {
         "runs": [str(path) for path in paths],
+        "versions": [versions(path) for path in paths],
         "recipe_differences": {str(p): difference(base, r) for p, r in zip(paths[1:], recipes[1:], strict=True)},
         "stages": {name: compare_stage(name, paths, recipes) for name in common_stages(paths, recipes)},
     }
@@ -48,6 +52,12 @@ def finished_recipe(path: Path) -> Recipe:
     if status != "finished":
         raise UsageError(f"{path}: the run is {status}, not finished; grpo-lab train --resume goes on with it")
     return load_recipe(path / RESOLVED)
+
+
+def versions(path: Path) -> dict[str, str | None]:
+    """What the run was made with, as its run.json says."""
+    known = read_json(path / RUN)["environment"]["versions"]
+    return {name: known[name] for name in VERSIONS}
 
 
 def common_stages(paths: Sequence[Path], recipes: Sequence[Recipe]) -> list[str]:
@@ -68,7 +78,8 @@ def compare_stage(name: str, paths: Sequence[Path], recipes: Sequence[Recipe]) -
     stages = [recipe.stages[name] for recipe in recipes]
     if all(stage.evaluation is not None for stage in stages):
         rows = [read_jsonl(folder.evaluation(stage.steps)) for folder, stage in zip(folders, stages, strict=True)]
-        found["held_out"] = held_out(rows)
+        of_corpus = corpus_metrics({term.name: term.options for term in stages[0].reward_terms})
+        found["held_out"] = held_out(rows, of_corpus)
     return found
 
 
@@ -100,12 +111,14 @@ def picture(found: Mapping[str, Any]) -> str:
     return draw(f"{name}: reward by step: lines = sampled while training, rings = held-out, greedy", curves)
 
 
-def held_out(runs: Sequence[Rows]) -> dict[str, dict[str, Any]]:
+def held_out(runs: Sequence[Rows], of_corpus: Mapping[str, CorpusMetric] | None = None) -> dict[str, dict[str, Any]]:
     """For every quantity of every arm that all runs have: each run's mean, and differences on the items they share.
 
     An item is a prompt: its id and its text. Several samples of one prompt are one item, by their mean.
+    `of_corpus` are metrics of all items together.
     """
     table: dict[str, dict[str, Any]] = {}
+    of_corpus = of_corpus or {}
     for arm in dict.fromkeys(row["arm"] for row in runs[0]):
         shared = shared_items(runs, arm)
         if not shared:
@@ -115,6 +128,11 @@ def held_out(runs: Sequence[Rows]) -> dict[str, dict[str, Any]]:
         for name in values[0]:
             if all(name in each for each in values):
                 table[f"{arm}/{name}"] = quantity([each[name] for each in values])
+        of_runs = [corpus_values(rows, of_corpus) for rows in ordered]
+        changes = [corpus_differences(ordered[0], rows, of_corpus) for rows in ordered[1:]]
+        for name in of_runs[0]:
+            differences = [{**each[name], "num_items": len(shared)} for each in changes]
+            table[f"{arm}/{name}"] = {"runs": [each[name] for each in of_runs], "differences": differences}
     return table
 
 
@@ -143,7 +161,10 @@ def quantity(values: Sequence[Any]) -> dict[str, Any]:
 
 
 def show_runs(found: Mapping[str, Any], console: Console) -> None:
-    """Recipe differences as lines, then one table per stage."""
+    """Versions and recipe differences as lines, then one table per stage."""
+    for run, numbers in zip(found["runs"], found["versions"], strict=True):
+        made_with = ", ".join(f"{name} {number or 'none'}" for name, number in numbers.items())
+        console.print(f"{run}: {made_with}", markup=False, highlight=False, soft_wrap=True)
     for path, lines in found["recipe_differences"].items():
         console.print(f"{path} against {found['runs'][0]}:", markup=False, highlight=False, soft_wrap=True)
         for line in lines or ["the same recipe"]:

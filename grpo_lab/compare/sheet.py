@@ -74,8 +74,8 @@ def read_out(policy: Policy, reference: Policy | None, rollouts: Rollouts, stage
 
 
 def double(policy: Policy) -> nn.Module:
-    """A float64 copy that can be trained (transformers still takes norms and rotary angles in float32)."""
-    model: nn.Module = copy.deepcopy(policy.model).double().requires_grad_(True)
+    """A float64 copy, what learns in it as in the policy (transformers still takes norms and rotary angles in float32)."""
+    model: nn.Module = copy.deepcopy(policy.model).double()
     learn_without_dropout(model)
     return model
 
@@ -143,7 +143,8 @@ def step(model: nn.Module, rows: list[Row], stage: GrpoStage) -> StepReadout:
             penalty = ((logps - row.ref) ** 2 / 2).sum() / num_tokens
             loss, kl = loss + algorithm.beta * penalty, kl + float(penalty.detach())
         all_logps.append(logps.detach())
-    names, weights = zip(*model.named_parameters(), strict=True)
+    learning = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
+    names, weights = zip(*learning, strict=True)
     gradients = torch.autograd.grad(loss, weights)
     with torch.no_grad():
         for weight, gradient in zip(weights, gradients, strict=True):

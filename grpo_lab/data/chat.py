@@ -7,15 +7,9 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from grpo_lab.data.templates import templated_as
 from grpo_lab.errors import RecipeError
 from grpo_lab.types import Message
-
-CHATML = (
-    "{% for message in messages %}"
-    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
 
 ROLES = ("system", "user", "assistant", "tool")
 _PROBE = "fjord"
@@ -37,6 +31,12 @@ def render_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message
         raise RecipeError(
             f"the chat template leaves out the last message ({_cut(last)}), so the model would not see it; "
             "set model.chat_template: chatml, or give another template"
+        )
+    written = templated_as(last)
+    if written is not None:
+        raise RecipeError(
+            f"the message is already written in a chat template, {written} ({_cut(last)}), and would be put into a second "
+            "one; give the messages without it, or set data.chat: false"
         )
     return text
 
@@ -117,6 +117,18 @@ def turn_end(tokenizer: PreTrainedTokenizerBase) -> TurnEnd | None:
         if token in special:
             return TurnEnd(token, tokenizer.convert_ids_to_tokens(token))
     return None
+
+
+def turn_lead(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The blanks that the template writes between the header of the assistant's turn and its words: mistral's is " ".
+
+    Where it writes more than blanks (an empty thought, say) that is for the words themselves to say, and this is "".
+    """
+    asked = [{"role": "user", "content": "?"}]
+    prompt = _render(tokenizer, asked, add_generation_prompt=True)
+    turns = _render(tokenizer, [*asked, {"role": "assistant", "content": _PROBE}], add_generation_prompt=False)
+    lead = turns[len(prompt) :].partition(_PROBE)[0] if turns.startswith(prompt) and _PROBE in turns else ""
+    return lead if not lead.strip() else ""
 
 
 def prefills_thinking(tokenizer: PreTrainedTokenizerBase) -> bool:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal, TypeVar
 
 from transformers import PreTrainedTokenizerBase
@@ -15,18 +16,21 @@ from grpo_lab.data.chat import (
     render_turns,
     token_ids,
     turn_end,
+    turn_lead,
 )
+from grpo_lab.data.chunks import chunks
 from grpo_lab.data.fields import answer_field, check_columns, messages_field, text_field, with_system
+from grpo_lab.data.key_tokens import key_weights
 from grpo_lab.data.sources import Rows
 from grpo_lab.data.stream import Mapped, MappedStream, Stream
 from grpo_lab.errors import RecipeError
-from grpo_lab.recipe.schema import Data
+from grpo_lab.recipe.schema import Data, KeyTokens
 from grpo_lab.types import Example, Message
 
 T = TypeVar("T")
 Row = dict[str, Any]
-Pieces = list[tuple[tuple[int, ...], bool]]
-"""Runs of tokens, each with whether the model learns to write it."""
+Piece = tuple[tuple[int, ...], tuple[float, ...]]
+"""A run of tokens with how much each weighs: 0 where it is only read, 1 or the weight of key tokens where it is learnt."""
 
 MAX_PROBLEMS = 10
 MAX_STREAMED = 1000
@@ -34,11 +38,20 @@ MAX_STREAMED = 1000
 
 @dataclass(frozen=True)
 class TrainingRow:
-    """Tokens for supervised learning; `learn` says which of `completion_ids` count in the loss."""
+    """Tokens for supervised learning; `learn` says which of `completion_ids` count in the loss.
+
+    `weights` says how much each of them counts, where it is learnt; None = all alike.
+    """
 
     prompt_ids: tuple[int, ...]
     completion_ids: tuple[int, ...]
     learn: tuple[bool, ...]
+    weights: tuple[float, ...] | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """All of them."""
+        return len(self.prompt_ids) + len(self.completion_ids)
 
 
 def prompt_examples(data: Data, rows: Rows, tokenizer: PreTrainedTokenizerBase) -> Mapped[Example] | Stream[Example]:
@@ -63,6 +76,18 @@ def prompt_examples(data: Data, rows: Rows, tokenizer: PreTrainedTokenizerBase) 
     return _converted(rows, example)
 
 
+def short_prompts(examples: Mapped[Example], most: int) -> Mapped[Example]:
+    """Those whose prompt has at most so many tokens.
+
+    Raises:
+        RecipeError: there are none.
+    """
+    kept = [index for index, example in enumerate(examples) if len(example.prompt_ids) <= most]
+    if not kept:
+        raise RecipeError(f"data.max_prompt_tokens: every one of {len(examples)} prompts has more than {most} tokens")
+    return Mapped(lambda index: examples[kept[index]], len(kept))
+
+
 def training_rows(
     data: Data,
     rows: Rows,
@@ -70,34 +95,47 @@ def training_rows(
     *,
     loss_on: Literal["completion", "all"],
     max_length: int,
+    learn_turns: Literal["all", "last"] = "all",
+    key_tokens: KeyTokens | None = None,
 ) -> Mapped[TrainingRow] | Stream[TrainingRow]:
     """The rows as tokens to learn, made when asked for; a Stream if the rows are streamed.
 
     Prompt and completion are tokenised apart, as sampling meets them: a prompt's tokens never depend on what follows.
     Every assistant turn ends in the template's end token (plain completions: EOS), learnt exactly once. In a
     conversation only assistant turns are learnt, and what follows the last of them is left out. Plain text is learnt
-    whole after its first token (BOS if the tokenizer has one), EOS included.
+    whole after its first token (BOS if the tokenizer has one), EOS included; with `data.chunk_length` all texts are
+    one run of tokens, learnt in pieces.
 
     Args:
         loss_on: "all" learns every token after the first one.
         max_length: the most tokens of a row; a longer one is a RecipeError.
+        learn_turns: which of a conversation's assistant turns are learnt.
+        key_tokens: which tokens weigh more than 1. An end token weighs 1.
     """
-    _check(data, rows, tokenizer)
+    if data.max_prompt_tokens is not None:
+        raise RecipeError("data.max_prompt_tokens: is for prompts to sample from; set max_length, or leave it out")
+    _check(data, rows, tokenizer, key_tokens)
     end = _end_token(data, tokenizer)
-    prefilled = data.chat and data.completion is not None and prefills_thinking(tokenizer)
+    writer = _Writer(data, tokenizer, end, learn_turns, key_tokens)
 
     def training_row(index: int, row: Row) -> TrainingRow:
-        pieces = _pieces(row, data, tokenizer, end, prefilled=prefilled)
+        pieces = writer.pieces(row)
         ids = tuple(token for run, _ in pieces for token in run)
-        learn = tuple(learnt for run, learnt in pieces for _ in run)
+        weights = tuple(weight for _, own in pieces for weight in own)
         if len(ids) > max_length:
             raise RecipeError(f"the row has {len(ids)} tokens, more than max_length {max_length}")
         if loss_on == "all" or data.text is not None:
-            learn = (False, *[True] * (len(ids) - 1))
-        first = learn.index(True)
-        return TrainingRow(ids[:first], ids[first:], learn[first:])
+            weights = (0.0, *[weight or 1.0 for weight in weights[1:]])
+        first = next(place for place, weight in enumerate(weights) if weight > 0)
+        learn = tuple(weight > 0 for weight in weights[first:])
+        return TrainingRow(ids[:first], ids[first:], learn, None if key_tokens is None else weights[first:])
 
-    return _converted(rows, training_row)
+    if data.chunk_length is None:
+        return _converted(rows, training_row)
+    if data.chunk_length > max_length:
+        raise RecipeError(f"data.chunk_length: {data.chunk_length} tokens are more than max_length {max_length}")
+    texts = _converted(rows, lambda index, row: writer.pieces(row)[0][0])
+    return chunks(texts, data.chunk_length, lambda ids: TrainingRow(ids[:1], ids[1:], (True,) * (len(ids) - 1)))
 
 
 def check_prompts(examples: Sequence[Any] | Stream[Any], context_length: int, max_completion_length: int) -> list[str]:
@@ -151,41 +189,79 @@ def _end_token(data: Data, tokenizer: PreTrainedTokenizerBase) -> TurnEnd:
     return end or TurnEnd(tokenizer.eos_token_id, tokenizer.eos_token)
 
 
-def _pieces(row: Row, data: Data, tokenizer: PreTrainedTokenizerBase, end: TurnEnd, *, prefilled: bool) -> Pieces:
-    if data.messages is not None:
-        return _conversation_pieces(row, data, tokenizer, end)
-    if data.text is not None:
-        text = text_field(row, data.text, "data.text")
-        _refuse_end(text, "data.text", end)
-        return [((*encode_plain(tokenizer, text), end.id), True)]
-    completion = text_field(row, _spec(data.completion), "data.completion")
-    if data.chat:
-        prompt = encode_chat(tokenizer, render_prompt(tokenizer, _prompt_messages(row, data)))
-    else:
-        prompt = encode_plain(tokenizer, text_field(row, _spec(data.prompt), "data.prompt"))
-    if prefilled and completion.lstrip().startswith("<think>"):
-        raise RecipeError(
-            "data.completion: the chat template has already written <think> in the prompt; "
-            "leave it out of the completion, or set another model.chat_template"
-        )
-    return [(prompt, False), _learnt(completion, "data.completion", tokenizer, end)]
+@dataclass(frozen=True)
+class _Writer:
+    """Writes rows as runs of tokens."""
+
+    data: Data
+    tokenizer: PreTrainedTokenizerBase
+    end: TurnEnd
+    learn_turns: Literal["all", "last"]
+    key_tokens: KeyTokens | None
+
+    @cached_property
+    def lead(self) -> str:
+        """What precedes the completion of a chat prompt that brings no blanks of its own."""
+        return turn_lead(self.tokenizer) if self.data.chat and self.data.completion is not None else ""
+
+    @cached_property
+    def prefilled(self) -> bool:
+        """Whether the template has already opened <think>."""
+        return self.data.chat and self.data.completion is not None and prefills_thinking(self.tokenizer)
+
+    def pieces(self, row: Row) -> list[Piece]:
+        """A row's tokens, in runs that are only read and runs that are learnt."""
+        data, tokenizer = self.data, self.tokenizer
+        if data.messages is not None:
+            return self._conversation(row)
+        if data.text is not None:
+            text = text_field(row, data.text, "data.text")
+            ids, weights = self._learnt(text, "data.text", row)
+            whole = encode_plain(tokenizer, text)
+            bos = whole[: len(whole) + 1 - len(ids)]  # one token or none
+            return [((*bos, *ids), (*[1.0] * len(bos), *weights))]
+        completion = text_field(row, _spec(data.completion), "data.completion")
+        if data.chat:
+            prompt = encode_chat(tokenizer, render_prompt(tokenizer, _prompt_messages(row, data)))
+        else:
+            prompt = encode_plain(tokenizer, text_field(row, _spec(data.prompt), "data.prompt"))
+        if self.prefilled and completion.lstrip().startswith("<think>"):
+            raise RecipeError(
+                "data.completion: the chat template has already written <think> in the prompt; "
+                "leave it out of the completion, or set another model.chat_template"
+            )
+        lead = "" if completion[0].isspace() else self.lead
+        return [_read(prompt), self._learnt(lead + completion, "data.completion", row)]
+
+    def _conversation(self, row: Row) -> list[Piece]:
+        messages = messages_field(row, self.data)
+        roles = [message["role"] for message in messages]
+        if "assistant" not in roles or "user" not in roles[: roles.index("assistant")]:
+            raise RecipeError(f"data.messages: there is no assistant turn after a user turn: {', '.join(roles)}")
+        turns = render_turns(self.tokenizer, messages, self.end)
+        pieces = []
+        for place, (text, written) in enumerate(turns):
+            if not written:
+                pieces.append(_read(encode_chat(self.tokenizer, text)))
+                continue
+            piece = self._learnt(text, "data.messages", row)
+            is_last = place == len(turns) - 1
+            pieces.append(piece if is_last or self.learn_turns == "all" else _read(piece[0]))
+        return pieces
+
+    def _learnt(self, text: str, key: str, row: Row) -> Piece:
+        """What the model writes, and the token that ends it."""
+        _refuse_end(text, key, self.end)
+        ids = token_ids(self.tokenizer, text)
+        weights = [1.0] * len(ids)
+        if self.key_tokens is not None:
+            weights = key_weights(self.tokenizer, text, row, self.key_tokens)
+        return (*ids, self.end.id), (*weights, 1.0)
 
 
-def _conversation_pieces(row: Row, data: Data, tokenizer: PreTrainedTokenizerBase, end: TurnEnd) -> Pieces:
-    messages = messages_field(row, data)
-    roles = [message["role"] for message in messages]
-    if "assistant" not in roles or "user" not in roles[: roles.index("assistant")]:
-        raise RecipeError(f"data.messages: there is no assistant turn after a user turn: {', '.join(roles)}")
-    return [
-        _learnt(text, "data.messages", tokenizer, end) if learnt else (encode_chat(tokenizer, text), False)
-        for text, learnt in render_turns(tokenizer, messages, end)
-    ]
-
-
-def _learnt(text: str, key: str, tokenizer: PreTrainedTokenizerBase, end: TurnEnd) -> tuple[tuple[int, ...], bool]:
-    """What the model writes, and the token that ends it."""
-    _refuse_end(text, key, end)
-    return (*token_ids(tokenizer, text), end.id), True
+def _read(ids: tuple[int, ...]) -> Piece:
+    """Tokens that are not learnt."""
+    return ids, (0.0,) * len(ids)
 
 
 def _refuse_end(text: str, key: str, end: TurnEnd) -> None:
@@ -212,9 +288,13 @@ def _spec(spec: str | None) -> str:
     return spec
 
 
-def _check(data: Data, rows: Rows, tokenizer: PreTrainedTokenizerBase) -> None:
+def _check(data: Data, rows: Rows, tokenizer: PreTrainedTokenizerBase, key_tokens: KeyTokens | None = None) -> None:
     """What can be said before any row is read."""
-    check_columns(data, rows.column_names)
+    check_columns(
+        data, rows.column_names, () if key_tokens is None or key_tokens.column is None else (key_tokens.column,)
+    )
+    if key_tokens is not None and not tokenizer.is_fast:
+        raise RecipeError("key_tokens: this tokenizer does not say where in the text a token stands; use a fast one")
     if data.messages is not None and not data.chat:
         raise RecipeError("data.chat: messages need the chat template; leave out chat: false")
     if data.text is None and data.chat and tokenizer.chat_template is None:

@@ -17,14 +17,18 @@ from grpo_lab.types import Message
 Row = Mapping[str, Any]
 
 
-def check_columns(data: Data, columns: Collection[str]) -> None:
-    """Raises one RecipeError with a line for every column that the recipe names and the data does not have."""
+def check_columns(data: Data, columns: Collection[str], key_columns: Collection[str] = ()) -> None:
+    """Raises one RecipeError with a line for every column that the recipe names and the data does not have.
+
+    `key_columns` are named elsewhere, under `key_tokens.column`.
+    """
     wanted = [(f"data.{key}", column) for key, column in (("messages", data.messages), ("text", data.text)) if column]
     for key, spec in (("data.prompt", data.prompt), ("data.completion", data.completion)):
         if spec is not None:
             wanted += [(key, column) for _, column in _parts(spec, key, columns) if column is not None]
     if data.answer is not None:
         wanted.append(("data.answer.column", data.answer.column))
+    wanted += [("key_tokens.column", column) for column in key_columns]
     problems = [_missing(key, column, columns) for key, column in wanted if column not in columns]
     if problems:
         raise RecipeError(problems)

@@ -10,11 +10,21 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from grpo_lab.data.questions import squad_rows
+from grpo_lab.data.tagged import conll_rows
 from grpo_lab.errors import RecipeError
 
 Row = dict[str, Any]
 
-ENDINGS = {"jsonl": "jsonl", "json": "json", "csv": "csv", "parquet": "parquet", "txt": "text"}
+ENDINGS = {
+    "jsonl": "jsonl",
+    "json": "json",
+    "csv": "csv",
+    "tsv": "tsv",
+    "parquet": "parquet",
+    "txt": "text",
+    "conll": "conll",
+}
 _ENDING = re.compile(rf"\.({'|'.join(ENDINGS)})(?:\.gz)?$")
 
 
@@ -53,18 +63,23 @@ def file_format(files: Sequence[Path]) -> str:
     for path in files:
         match = _ENDING.search(path.name)
         if match is None:
-            raise RecipeError(f"data.format: the ending of {path} tells no format; set one of {', '.join(READERS)}")
+            raise RecipeError(
+                f"data.format: the ending of {path} tells no format; set one of {', '.join([*READERS, 'tsv'])}"
+            )
         formats.add(ENDINGS[match[1]])
     if len(formats) > 1:
         raise RecipeError(f"data.path: the files have several formats ({', '.join(sorted(formats))}); name one kind")
     return formats.pop()
 
 
-def read_files(files: Sequence[Path], format: str) -> Iterator[Row]:  # noqa: A002
-    """The rows of the files, one after the other; a row that cannot be read is named by file and line."""
+def read_files(files: Sequence[Path], format: str, columns: Sequence[str] | None = None) -> Iterator[Row]:  # noqa: A002
+    """The rows of the files, one after the other; a row that cannot be read is named by file and line.
+
+    `columns` names those of tsv files, whose first line names them otherwise.
+    """
     for path in files:
         try:
-            yield from READERS[format](path)
+            yield from _tsv(path, columns) if format == "tsv" else READERS[format](path)
         except (OSError, EOFError, zlib.error) as error:
             raise RecipeError(f"{path}: cannot be read: {error}") from error
 
@@ -90,16 +105,21 @@ def _jsonl(path: Path) -> Iterator[Row]:
             yield _checked(row, f"{path}:{number}", line)
 
 
-def _json(path: Path) -> Iterator[Row]:
+def _document(path: Path) -> tuple[Any, str]:
+    """A json file's value, and its text."""
     text = "".join(line for _, line in _lines(path))
     try:
-        rows = json.loads(text)
+        return json.loads(text), text
     except json.JSONDecodeError as error:
         raise RecipeError(
             f"{path}:{error.lineno}: not JSON: {error.msg}; for one object per line, format: jsonl"
         ) from None
     except RecursionError as error:
         raise RecipeError(f"{path}: not JSON: {error}") from None
+
+
+def _json(path: Path) -> Iterator[Row]:
+    rows, text = _document(path)
     if not isinstance(rows, list):
         raise RecipeError(
             f"{path}: expected a list of objects, found {_kind(rows)}; for one object per line, format: jsonl"
@@ -125,6 +145,35 @@ def _csv(path: Path) -> Iterator[Row]:
         raise RecipeError(f"{path}:{reader.line_num}: not CSV: {error}") from None
 
 
+def _tsv(path: Path, columns: Sequence[str] | None) -> Iterator[Row]:
+    """Lines end at line feeds and nowhere else, fields at tabs; white space around a field is none of it."""
+    names = list(columns) if columns is not None else None
+    for number, line in _lines(path):
+        fields = [field.strip() for field in line.split("\t")]
+        if names is None:
+            names = fields
+            continue
+        if not line.strip():
+            continue
+        # the recipe names as many columns as it needs; a header names all there are
+        if len(fields) < len(names) or (columns is None and len(fields) > len(names)):
+            raise RecipeError(f"{path}:{number}: {len(fields)} fields, but {len(names)} columns: {', '.join(names)}")
+        yield dict(zip(names, fields, strict=False))
+
+
+def _folders(path: Path) -> Iterator[Row]:
+    text = "".join(line for _, line in _lines(path)).strip()
+    yield {"text": text, "label": path.parent.name, "file": path.name}
+
+
+def _conll(path: Path) -> Iterator[Row]:
+    return conll_rows(_lines(path), str(path))
+
+
+def _squad(path: Path) -> Iterator[Row]:
+    return squad_rows(_document(path)[0], str(path))
+
+
 def _text(path: Path) -> Iterator[Row]:
     for _, line in _lines(path):
         if line.strip():
@@ -148,6 +197,9 @@ READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
     "csv": _csv,
     "parquet": _parquet,
     "text": _text,
+    "folders": _folders,
+    "conll": _conll,
+    "squad": _squad,
 }
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from grpo_lab.data.files import file_format, file_stem, find_files, read_files
+from grpo_lab.data.partition import part
+from grpo_lab.data.shapes import shaped
 from grpo_lab.data.stream import Stream
 from grpo_lab.data.tasks import task_rows
 from grpo_lab.errors import RecipeError, SetupError
@@ -17,6 +19,8 @@ from grpo_lab.seeds import derive_seed
 
 IN_MEMORY_BYTES = 64 * 2**20
 """Files larger than this together (and parquet always) are read through Arrow's memory map instead of into memory."""
+ARROW = ("jsonl", "json", "csv", "text")
+"""Formats that Arrow reads as we do."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,6 +69,16 @@ def load_rows(data: Data, *, root: Path, seed: int) -> Rows:
         RecipeError: the data is not there, cannot be read, or has no rows; with the cause.
         SetupError: reasoning-gym is not installed.
     """
+    rows = _source_rows(data, root=root, seed=seed)
+    if data.shape is None:
+        return rows
+    items = list(shaped(rows, data.shape, row_name=rows.row))
+    if not items:
+        raise RecipeError(f"data.shape: {rows.place} has no row of that shape")
+    return dataclasses.replace(rows, items=items, column_names=tuple(items[0]))
+
+
+def _source_rows(data: Data, *, root: Path, seed: int) -> Rows:
     match data.source:
         case "file":
             return _file_rows(data, root)
@@ -86,10 +100,11 @@ def _file_rows(data: Data, root: Path) -> Rows:
     if data.streaming and format == "json":
         raise RecipeError("data.streaming: a json list can only be read as a whole; use jsonl, or streaming: false")
     if data.streaming:
-        return _streamed(data, lambda: read_files(files, format), name=name, place=place)
-    if format == "parquet" or sum(path.stat().st_size for path in files) > IN_MEMORY_BYTES:
+        return _streamed(data, lambda: read_files(files, format, data.columns), name=name, place=place)
+    large = format in ARROW and sum(path.stat().st_size for path in files) > IN_MEMORY_BYTES
+    if format == "parquet" or large:
         return _taken(data, _arrow_rows(files, format, place), name=name, place=place)
-    return _taken(data, list(read_files(files, format)), name=name, place=place)
+    return _taken(data, list(read_files(files, format, data.columns)), name=name, place=place)
 
 
 def _arrow_rows(files: Sequence[Path], format: str, place: str) -> Any:  # noqa: A002
@@ -159,7 +174,11 @@ def _gym_rows(data: Data, seed: int) -> list[dict[str, Any]]:
 
 
 def _taken(data: Data, items: Any, *, name: str, place: str) -> Rows:
-    """All rows between `skip` and `limit`."""
+    """All rows of the partition between `skip` and `limit`."""
+    if data.partition is not None:
+        chosen_rows = part(items, data.partition)
+        items = [items[row] for row in chosen_rows] if isinstance(items, list) else items.select(chosen_rows)
+        name, place = f"{name}-{data.partition.take}", f"{place} ({data.partition.take} part)"
     stop = len(items) if data.limit is None else min(len(items), data.skip + data.limit)
     if stop <= data.skip:
         raise RecipeError(f"data.path: {place} has no rows{_after_skip(data)}: {len(items)} in all")

@@ -11,6 +11,7 @@ from grpo_lab.seeds import derive_seed
 
 T = TypeVar("T")
 U = TypeVar("U")
+POOL = 50  # batches that are sorted by length together, where steps hold items of similar length
 
 
 class Mapped(Generic[T]):
@@ -90,11 +91,24 @@ class PromptStream(Generic[T]):
     hold the end of one and the start of the next. A `Stream` is read in file order and starts again at its end.
     """
 
-    def __init__(self, items: Sequence[T] | Stream[T], batch_size: int, *, seed: int, shuffle: bool = True) -> None:
+    def __init__(
+        self,
+        items: Sequence[T] | Stream[T],
+        batch_size: int,
+        *,
+        seed: int,
+        shuffle: bool = True,
+        lengths: Sequence[int] | None = None,
+    ) -> None:
+        """With `lengths`, one for each item, a step's items are of similar length; otherwise they are any."""
         self.items = items
         self.batch_size = batch_size
         self._seed = seed
         self._shuffle = shuffle
+        self._lengths = lengths
+        self._order = lru_cache(maxsize=2)(
+            self._order_of
+        )  # a step may hold the end of one epoch and the next one's start
         if not isinstance(items, Stream):
             self._need(len(items))
 
@@ -119,7 +133,15 @@ class PromptStream(Generic[T]):
         epoch, offset = divmod(position, len(self.items))
         if not self._shuffle:
             return self.items[offset]
-        return self.items[_epoch_order(len(self.items), derive_seed(self._seed, "epoch order", epoch))[offset]]
+        return self.items[self._order(epoch)[offset]]
+
+    def _order_of(self, epoch: int) -> list[int]:
+        size, seed = len(self.items), derive_seed(self._seed, "epoch order", epoch)  # type: ignore[arg-type]
+        order = _permutation(size, seed)
+        if self._lengths is None:
+            return order
+        started = -epoch * size % self.batch_size  # of these the step before took the others
+        return order[:started] + by_length(order[started:], self._lengths, self.batch_size, seed=seed)
 
     def _streamed(self, items: Stream[T], position: int) -> T:
         if items.length is None:
@@ -135,7 +157,24 @@ class PromptStream(Generic[T]):
             raise RecipeError(f"data: a step needs {self.batch_size} prompts, the data has {found}")
 
 
-@lru_cache(maxsize=8)
-def _epoch_order(size: int, seed: int) -> list[int]:
+def by_length(order: Sequence[int], lengths: Sequence[int], batch_size: int, *, seed: int) -> list[int]:
+    """`order` rearranged so that each run of `batch_size` items has similar lengths; the runs are in random order.
+
+    Runs of `POOL` batches are sorted by length and cut, so what meets in a batch still changes from epoch to epoch. What
+    is left at the end of `order`, less than a batch, stays there.
+
+    >>> by_length([0, 1, 2, 3, 4], [1, 9, 1, 9, 5], 2, seed=0)
+    [0, 2, 1, 3, 4]
+    """
+    whole = len(order) - len(order) % batch_size
+    batches: list[list[int]] = []
+    for first in range(0, whole, POOL * batch_size):
+        pool = sorted(order[first : min(first + POOL * batch_size, whole)], key=lambda item: lengths[item])
+        batches += [pool[at : at + batch_size] for at in range(0, len(pool), batch_size)]
+    shuffled = _permutation(len(batches), derive_seed(seed, "batches"))
+    return [item for at in shuffled for item in batches[at]] + list(order[whole:])
+
+
+def _permutation(size: int, seed: int) -> list[int]:
     order: list[int] = torch.randperm(size, generator=torch.Generator().manual_seed(seed)).tolist()
     return order

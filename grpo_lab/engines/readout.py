@@ -58,6 +58,14 @@ class Readout:
     equal_rewards_advantage: float = 0.0
 
 
+@dataclass(frozen=True)
+class SftReadout:
+    """What an engine made of recorded rows, a step for each batch: the steps, and the weights afterwards."""
+
+    steps: Sequence[StepReadout]
+    weights: Mapping[str, Tensor]
+
+
 def copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors as they are now."""
     return {name: tensor.detach().clone() for name, tensor in tensors.items()}

@@ -224,6 +224,7 @@ def statistics(logs: list[dict[str, float]], skipped: int) -> UpdateStats:
         found = mean(name)
         return math.nan if found is None else found
 
+    capped = mean("cispo_clip_ratio")  # cispo has a cap and nothing below
     return UpdateStats(
         loss=number("loss"),
         grad_norm=number("grad_norm"),
@@ -231,7 +232,7 @@ def statistics(logs: list[dict[str, float]], skipped: int) -> UpdateStats:
         kl=mean("kl"),
         entropy=number("entropy"),
         ratio_mean=math.nan,  # TRL does not measure it
-        clip_low=mean("clip_ratio/low_mean"),
-        clip_high=mean("clip_ratio/high_mean"),
+        clip_low=mean("clip_ratio/low_mean") if capped is None else 0.0,
+        clip_high=mean("clip_ratio/high_mean") if capped is None else capped,
         skipped=skipped,
     )

@@ -169,21 +169,18 @@ def unsupported(stage: GrpoStage, model: Model | None = None) -> list[tuple[tupl
     `model` is the model block as it holds for the stage; None leaves out what depends on it.
     """
     found = [(key, message) for key, (is_refused, message) in REFUSED.items() if is_refused(stage)]
+    lora = None if model is None else model.lora
     if model is not None and model.quantization is not None:
-        found.append(
-            (
-                "model.quantization",
-                "TRL turns the adapter of a quantized model to bfloat16, whatever the recipe says; set engine: native",
-            )
+        message = "TRL turns the adapter of a quantized model to bfloat16, whatever the recipe says; set engine: native"
+        found.append(("model.quantization", message))
+    if lora is not None and lora.bias != "none" and stage.algorithm.beta > 0:
+        message = (
+            "TRL's reference is a second adapter, and peft allows one with biases; set none, beta: 0 or engine: native"
         )
-    if model is not None and model.lora is not None and stage.algorithm.reference_refresh is not None:
-        found.append(
-            (
-                "algorithm.reference_refresh",
-                "TRL moves a separate reference model only, and beside an adapter there is none; leave it out or set "
-                "engine: native",
-            )
-        )
+        found.append(("model.lora.bias", message))
+    if lora is not None and stage.algorithm.reference_refresh is not None:
+        message = "TRL moves a separate reference model only, and beside an adapter there is none; leave it out or set "
+        found.append(("algorithm.reference_refresh", f"{message}engine: native"))
     return [(tuple(key.split(".")), f'engine "trl": {message}') for key, message in found]
 
 
@@ -322,14 +319,14 @@ def _loss_arguments(stage: GrpoStage) -> dict[str, Any]:
 
 
 def differences(stage: GrpoStage) -> list[str]:
-    """What the two engines realise differently for this stage, in words; `compare` prints it."""
+    """What the two engines realise differently for this stage, in words; `compare` prints it beside what it tries out
+    (compare/by_design.py)."""
     size, algorithm = sizes(stage), stage.algorithm
     found = [
-        "a completion that could not be scored has advantage 0 in TRL and stays in the loss's denominators and KL; "
-        "the native engine leaves it out",
-        "TRL's kl, entropy and clip ratios are means over micro-batches, the native engine's are means over all tokens",
-        "a group of equal rewards has exactly 0 advantage in the native engine, in TRL what rounding leaves",
+        "TRL's kl, entropy and clip ratios are means over micro-batches, the native engine's are means over all tokens"
     ]
+    if algorithm.ratio_level == "sequence":
+        found.append("TRL's clip ratios are shares of completions here, the native engine's are shares of tokens")
     if algorithm.num_minibatches > 1:
         found.append("TRL's mini-batches are random rows of the step, the native engine's are whole groups")
         if algorithm.reduction == "token":

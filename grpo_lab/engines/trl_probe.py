@@ -16,6 +16,7 @@ import torch
 import trl
 from accelerate import Accelerator
 from datasets import Dataset
+from huggingface_hub import constants
 from torch import Tensor
 from transformers import PrinterCallback
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
@@ -23,12 +24,14 @@ from trl.trainer import grpo_trainer, rloo_trainer
 
 from grpo_lab.algorithm.advantages import has_signal
 from grpo_lab.engines.readout import Readout, Rollouts, StepReadout, copied, gradients_of
+from grpo_lab.engines.trl import switch_dropout_off
 from grpo_lab.engines.trl_config import VERSION, arguments, is_rloo, unsupported
 from grpo_lab.errors import RecipeError, SetupError
 from grpo_lab.policy.trainable import learned
 from grpo_lab.recipe.schema import GrpoStage, Model
 from grpo_lab.types import Group, Policy
 
+constants.HF_HUB_DISABLE_TELEMETRY = True  # the trainers' constructors would send it
 NEVER = 1e9  # a ratio is never clipped this far from 1
 
 
@@ -123,6 +126,7 @@ def read_out(policy: Policy, reference: Policy | None, rollouts: Rollouts, stage
     """
     check_version(trl.__version__)
     model = copy.deepcopy(policy.model)
+    switch_dropout_off(model)
     names = learned(model)  # of an adapter; None where everything learns
     steps = rounds * stage.algorithm.num_iterations * stage.algorithm.num_minibatches
     # libraries warn each other of what they will rename

@@ -6,10 +6,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
-
 from grpo_lab.data.stream import PromptStream
 from grpo_lab.engines.trl_config import scheduled
+from grpo_lab.engines.trl_dataset import LazyRows
 from grpo_lab.errors import RecipeError
 from grpo_lab.recipe.schema import GrpoStage
 from grpo_lab.sampling.decoding import Sampler
@@ -39,28 +38,6 @@ class TrlParts:
     folder: Path
 
 
-class Prompts(Dataset):
-    """Row i is the stream's i-th prompt, made when it is asked for.
-
-    An Arrow table would give every chat message the keys of all others.
-    """
-
-    row: Callable[[int], dict[str, Any]]
-
-    @classmethod
-    def of(cls, size: int, row: Callable[[int], dict[str, Any]]) -> "Prompts":
-        """`size` rows, each as `row` makes it."""
-        made = cls.from_dict({"position": range(size)})
-        made.row = row
-        return made
-
-    def __getitem__(self, key: Any) -> Any:
-        return self.row(key)
-
-    def __getitems__(self, keys: list[int]) -> list[dict[str, Any]]:
-        return [self.row(key) for key in keys]
-
-
 class Rollouts:
     """The groups and scores of the step in progress, and where its time goes. Every group is scored once."""
 
@@ -77,7 +54,7 @@ class Rollouts:
         """A step starts."""
         self.clock, self.groups, self.scores = Stopwatch(), [], None
 
-    def dataset(self) -> Prompts:
+    def dataset(self) -> LazyRows:
         """One epoch of prompts: every step's, in the order of the shared stream. Chat prompts are messages."""
         stage = self.parts.stage
 
@@ -87,7 +64,7 @@ class Rollouts:
                 check_same_tokens(self.parts.policy.tokenizer, example)
             return {"prompt": as_trl_prompt(example), "position": position}
 
-        return Prompts.of(stage.steps * stage.prompts_per_step, row)
+        return LazyRows.of(stage.steps * stage.prompts_per_step, row)
 
     def sample(self, step: int) -> dict[str, list[list[int]] | None]:
         """What `rollout_func` returns: one step's completions, drawn by our sampler as in the native engine."""

@@ -30,11 +30,14 @@ class PolicyForward(nn.Module):
 
     Where the model allows it a batch is computed packed: each prompt once, each real token once, each needed logit
     once, and never more logits than a stated bound. Elsewhere it is computed plainly, row by row with padding, and
-    `plain_because` says why.
+    `plain_because` says why; so it is where nobody wants it `packed`.
     """
 
-    def __init__(self, model: nn.Module, *, temperature: float, entropy_gradient: bool = False) -> None:
+    def __init__(
+        self, model: nn.Module, *, temperature: float, entropy_gradient: bool = False, packed: bool = True
+    ) -> None:
         super().__init__()
+        self.packed = packed
         self.model = model
         self.temperature = temperature
         self.entropy_gradient = entropy_gradient
@@ -42,10 +45,11 @@ class PolicyForward(nn.Module):
 
     def forward(self, batch: Batch) -> LogpsAndEntropy:
         self.plain_because = None
-        try:
-            return packed_forward(self.model, batch, temperature=self.temperature)
-        except NotPackableError as reason:
-            self.plain_because = str(reason)
+        if self.packed:
+            try:
+                return packed_forward(self.model, batch, temperature=self.temperature)
+            except NotPackableError as reason:
+                self.plain_because = str(reason)
         return plain_forward(self.model, batch, temperature=self.temperature, entropy_gradient=self.entropy_gradient)
 
     def micro_batches(self, batch: Batch, size: int | None) -> list[tuple[int, int]]:
@@ -54,7 +58,7 @@ class PolicyForward(nn.Module):
             return [(start, min(start + size, batch.num_rows)) for start in range(0, batch.num_rows, size)]
         vocabulary = self.model.get_output_embeddings().weight.shape[0]
         tokens = batch.completion_mask.sum(1)
-        if why_plain(self.model) is not None:
+        if not self.packed or why_plain(self.model) is not None:
             tokens = torch.full_like(tokens, batch.completion_ids.shape[1])
         most = min(TOKENS_HELD, LOGITS_HELD // vocabulary)
         cuts, held = [0], 0
@@ -88,7 +92,11 @@ def packed_forward(model: nn.Module, batch: Batch, *, temperature: float) -> Log
         packed.logits_row,
         temperature=temperature,
     )
-    return LogpsAndEntropy(spread(out.logps, batch), spread(out.entropy[packed.logits_row], batch))
+    return LogpsAndEntropy(
+        spread(out.logps, batch),
+        spread(out.entropy[packed.logits_row], batch),
+        spread(out.largest[packed.logits_row], batch),
+    )
 
 
 def plain_forward(
@@ -115,7 +123,9 @@ def plain_forward(
         )  # bfloat16 would round the quotient; the sampler does not
     with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
         undecided = entropy(logits)
-    return LogpsAndEntropy(selected_logps(logits, batch.completion_ids), undecided)
+    most = logits.detach().argmax(-1)
+    largest = selected_logps(logits.detach(), most)
+    return LogpsAndEntropy(selected_logps(logits, batch.completion_ids), undecided, largest)
 
 
 def _groups(prompt_index: list[int]) -> list[tuple[int, int]]:

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from grpo_lab.errors import CheckpointError, RecipeError
 from grpo_lab.policy.adapter_files import base_of, is_adapter, quantization_of
 from grpo_lab.policy.freed import give_freed_memory_back
-from grpo_lab.recipe.schema import Model, Quantization
+from grpo_lab.recipe.schema import SHIPPED_TEMPLATES, Model, Quantization
 from grpo_lab.seeds import derive_seed
 from grpo_lab.types import Policy
 
@@ -32,10 +32,12 @@ def load_tokenizer(model: Model, folder: str | Path | None = None) -> Any:
         raise RecipeError(f"model: cannot load a tokenizer from {source}: {first_line(error)}") from error
     for key in ("is_local", "local_files_only"):  # how it was loaded, which would be written beside the final model
         tokenizer.init_kwargs.pop(key, None)
-    if model.chat_template not in (None, "chatml"):
+    if model.chat_template is not None and model.chat_template not in SHIPPED_TEMPLATES:
         template = Path(model.chat_template)
         if not template.is_file():
-            raise RecipeError(f"model.chat_template: {template} is not a file (nor `chatml`)")
+            raise RecipeError(
+                f"model.chat_template: {template} is not a file (nor one of {', '.join(SHIPPED_TEMPLATES)})"
+            )
         tokenizer.chat_template = template.read_text(encoding="utf-8")
     return tokenizer
 

@@ -16,6 +16,7 @@ from grpo_lab.policy.trainable import learned, parameter_count, restore, state
 from grpo_lab.recipe import Recipe
 from grpo_lab.recipe.schema import Checkpoint, Evaluation, Model
 from grpo_lab.scoring import RewardSet
+from grpo_lab.stages.selection import Best
 from grpo_lab.tracking.checkpoints import load_latest, optimizer_state, optimizer_tensors, save_checkpoint
 from grpo_lab.tracking.files import write_json
 from grpo_lab.tracking.folders import save_folder_atomic
@@ -67,6 +68,14 @@ class Context:
     sinks: Sinks
     stop: StopSignal
     mark_inexact: Callable[[str], None]
+    publish: Callable[[str, Policy, int], None] | None = None
+    """Sends a stage's policy to the hub as it is after that many steps; None where the recipe does not ask for it."""
+
+    def saved(self, stage: str, policy: Policy, step: int, *, last: bool) -> None:
+        """A checkpoint is on the disk: send it (the last one is sent as the finished model), or stop if asked to."""
+        if self.publish is not None and not last and self.stop.received is None:
+            self.publish(stage, policy, step)
+        self.stop.check(f"after step {step} of stage {stage}, saved")
 
 
 def resume(
@@ -77,10 +86,12 @@ def resume(
     *,
     moving_reference: Policy | None = None,
     rewards: RewardSet | None = None,
+    best: Best | None = None,
 ) -> int:
     """Load the newest readable checkpoint, cut the logs back to it, and say how many steps are done.
 
-    `moving_reference` is a reference that training changes, `rewards` may be stateful: both are part of the state.
+    `moving_reference` is a reference that training changes, `rewards` may be stateful, `best` is the best model so far:
+    they are part of the state.
     """
     loaded = load_latest(context.folder.checkpoints)
     context.files.truncate(name, loaded.step if loaded else -1)
@@ -94,6 +105,8 @@ def resume(
     learner.optimizer.load_state_dict(optimizer_state(loaded.tensors["optimizer"], loaded.state["optimizer"]))
     if rewards is not None:
         rewards.load_state_dict(loaded.state["rewards"])
+    if best is not None:
+        best.load(loaded.state["best"], loaded.tensors["best"])
     learner.steps_done = loaded.state["steps_done"]
     learner.skipped_in_a_row = loaded.state["skipped_in_a_row"]
     context.sinks.event(name, loaded.step, "info", f"resumed from {loaded.path.name}", {})
@@ -113,6 +126,7 @@ def checkpointing(
     *,
     moving_reference: Policy | None = None,
     rewards: RewardSet | None = None,
+    best: Best | None = None,
 ) -> Callback:
     """Save every `every` steps, after the last one, and when the run was asked to stop (which then happens)."""
 
@@ -123,19 +137,21 @@ def checkpointing(
         tensors, values = optimizer_tensors(learner.optimizer.state_dict())
         names = learned(policy.model)
         moving = {} if moving_reference is None else {"reference": state(moving_reference.model, names)}
+        kept = {} if best is None else {"best": best.tensors}
         save_checkpoint(
             context.folder.checkpoints,
             step=end.step,
-            tensors={"model": state(policy.model, names), "optimizer": tensors, **moving},
+            tensors={"model": state(policy.model, names), "optimizer": tensors, **moving, **kept},
             state={
                 "optimizer": values,
                 "steps_done": learner.steps_done,
                 "skipped_in_a_row": learner.skipped_in_a_row,
                 "rewards": {} if rewards is None else rewards.state_dict(),
+                "best": None if best is None else best.state_dict(),
             },
             keep=settings.keep,
         )
-        context.stop.check(f"after step {end.step} of stage {end.stage}, saved")
+        context.saved(end.stage, policy, end.step, last=end.step == end.num_steps)
 
     return save
 
@@ -207,13 +223,16 @@ def reporting(*callbacks: Callback) -> Callback:
     return report
 
 
-def finish(context: Context, name: str, policy: Policy, model: Model, *, steps: int) -> None:
+def finish(
+    context: Context, name: str, policy: Policy, model: Model, *, steps: int, selected: int | None = None
+) -> None:
     """Write `final/`, see that it is the policy, then write `result.json`, whose presence says that the stage is done.
 
-    `model` is the model block as it holds for the stage.
+    `model` is the model block as it holds for the stage. `selected`: the step after which the policy was as it is, where
+    that is not the last one by itself.
     """
     gaps: list[float] = []
     save_folder_atomic(context.folder.final, lambda folder: gaps.append(write_checked(policy, folder, model)))
-    write_json(context.folder.result, {"steps": steps})
+    write_json(context.folder.result, {"steps": steps} if selected is None else {"steps": steps, "selected": selected})
     message = f"saved {context.folder.final}; loaded again, its logits differ by {gaps[0]:.2g} of the largest"
     context.sinks.event(name, steps, "info", message, {})

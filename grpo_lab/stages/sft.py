@@ -1,17 +1,9 @@
 """Supervised fine-tuning: maximise the log-probability of the data's completions, token by token."""
 
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
-
 import torch
-from torch import Tensor
 
-from grpo_lab.algorithm.weights import token_weights
-from grpo_lab.batching import pad_rows
-from grpo_lab.data.examples import TrainingRow
-from grpo_lab.engines.learner import Learner
-from grpo_lab.padding import pad_right
+from grpo_lab.engines.learner import Learner, StepSums
+from grpo_lab.engines.sft import measure_rows, negative_log_likelihood, training_batch
 from grpo_lab.policy.forward import PolicyForward
 from grpo_lab.policy.load import load_policy
 from grpo_lab.seeds import derive_seed
@@ -27,33 +19,39 @@ from grpo_lab.stages.running import (
     saying_halved,
     saying_plain,
 )
+from grpo_lab.stages.selection import Best
 from grpo_lab.tracking.metrics import sft_metrics
 from grpo_lab.tracking.stopwatch import Stopwatch
-from grpo_lab.types import Batch, LogpsAndEntropy, Policy, StepEnd
+from grpo_lab.types import Policy, StepEnd
 
 EVALUATION_ROWS = 64  # rows of one forward pass when nothing smaller is asked for
 
 
 def run_sft(context: Context, plan: SftPlan) -> None:
     """Train the stage from where it stands to its end, and leave its final model."""
+    if plan.stage.engine == "trl":
+        from grpo_lab.stages.sft_trl import run_sft_trl  # seconds of import, needed only here
+
+        run_sft_trl(context, plan)
+        return
     stage = plan.stage
     model, seed = context.recipe.model_of(stage), context.recipe.seed
     policy = load_policy(model, context.tokenizer, seed=seed, folder=context.start)
-    forward = PolicyForward(policy.model, temperature=1.0)
+    forward = PolicyForward(policy.model, temperature=1.0, packed=stage.packing)
     learner = Learner(
         forward,
         stage.optimizer,
         total_steps=stage.steps,
         micro_batch_size=stage.micro_batch_size,
     )
-    start = resume(context, plan.name, policy, learner)
+    best = None if stage.selection is None else Best(stage.selection, policy)
+    start = step = resume(context, plan.name, policy, learner, best=best)
 
     if start == 0:
         say_what_learns(context, plan.name, policy)
 
     def measure(step: int) -> None:
-        metrics = evaluation_loss(policy, plan.held_out, stage.micro_batch_size or EVALUATION_ROWS)
-        context.sinks.evaluation(plan.name, step, metrics, [])
+        measure_held_out(context, plan, policy, best, step)
 
     if start == 0 and stage.evaluation is not None:
         measure(0)
@@ -62,45 +60,50 @@ def run_sft(context: Context, plan: SftPlan) -> None:
         saying_plain(context, forward),
         saying_halved(context, learner),
         evaluating(stage.evaluation, measure),
-        checkpointing(context, policy, learner, stage.checkpoint),
+        checkpointing(context, policy, learner, stage.checkpoint, best=best),
     )
-    for step in range(start, stage.steps):
+    while step < stage.steps and not (best is not None and best.is_final):
         clock = Stopwatch()
         policy.model.train()
         torch.manual_seed(derive_seed(seed, plan.name, "dropout", step))
         batch = training_batch(plan.rows.at(step), policy)
         result = learner.step(batch, negative_log_likelihood)
         clock.lap("learn")
-        metrics = sft_metrics(loss=result.loss, grad_norm=result.grad_norm, learning_rate=result.learning_rate)
+        step += 1
         timing = clock.report(completions=batch.num_rows, tokens=int(batch.completion_mask.sum()))
-        report(StepEnd(plan.name, step + 1, stage.steps, metrics, timing))
-    finish(context, plan.name, policy, model, steps=stage.steps)
+        report(StepEnd(plan.name, step, stage.steps, metrics_of(result), timing))
+    end(context, plan, policy, best, step)
 
 
-def training_batch(rows: Sequence[TrainingRow], policy: Policy) -> Batch:
-    """Rows as a padded batch whose loss weights share the loss equally among all learned tokens."""
-    batch = pad_rows([row.prompt_ids for row in rows], range(len(rows)), [row.completion_ids for row in rows], policy)
-    learned = pad_right([row.learn for row in rows], False, torch.bool).to(batch.completion_mask.device)
-    weights = token_weights(learned, reduction="token", max_completion_length=learned.shape[1])
-    return replace(batch, loss_weights=weights)
+def metrics_of(result: StepSums) -> dict[str, float]:
+    """One step's metrics; sums become means over learnt tokens."""
+    tokens, right = result.sums["tokens"], result.sums.get("first_choices")
+    return sft_metrics(
+        loss=result.loss,
+        grad_norm=result.grad_norm,
+        learning_rate=result.learning_rate,
+        entropy=result.sums["entropy"] / tokens,
+        accuracy=None if right is None else right / tokens,
+    )
 
 
-def negative_log_likelihood(out: LogpsAndEntropy, batch: Batch) -> tuple[Tensor, Mapping[str, Tensor]]:
-    """The mean negative log-probability (nats) of learned tokens; shares of micro-batches add up to it."""
-    assert batch.loss_weights is not None
-    return -(out.logps * batch.loss_weights).sum(), {}
+def measure_held_out(context: Context, plan: SftPlan, policy: Policy, best: Best | None, step: int) -> None:
+    """Measure the policy on the stage's held-out rows, log it, and remember the policy if it is the best."""
+    stage = plan.stage
+    metrics = measure_rows(policy, plan.held_out, stage.micro_batch_size or EVALUATION_ROWS, packed=stage.packing)
+    context.sinks.evaluation(plan.name, step, metrics, [])
+    if best is not None:
+        best.measured(step, metrics)
 
 
-@torch.no_grad()
-def evaluation_loss(policy: Policy, rows: Sequence[TrainingRow], rows_at_once: int) -> dict[str, float]:
-    """Mean negative log-likelihood per learned token over all rows (nats), and its exponential."""
-    policy.model.eval()
-    forward = PolicyForward(policy.model, temperature=1.0)
-    total, count = 0.0, 0
-    for first in range(0, len(rows), rows_at_once):
-        part = [rows[index] for index in range(first, min(first + rows_at_once, len(rows)))]
-        batch = training_batch(part, policy)
-        num_learned = sum(sum(row.learn) for row in part)
-        total += float(negative_log_likelihood(forward(batch), batch)[0]) * num_learned
-        count += num_learned
-    return {"loss": total / count, "perplexity": math.exp(min(total / count, 700.0))}
+def end(context: Context, plan: SftPlan, policy: Policy, best: Best | None, step: int) -> None:
+    """Leave the final model: the last one, or the best where the recipe asks for it."""
+    selected = None
+    if best is not None:
+        if step < plan.stage.steps:
+            message = f"stopped after step {step}: {best.since} evaluations in a row without a better one"
+            context.sinks.event(plan.name, step, "info", message, {})
+        best.put_back()
+        context.sinks.event(plan.name, step, "info", best.report(), {})
+        selected = best.step
+    finish(context, plan.name, policy, context.recipe.model_of(plan.stage), steps=step, selected=selected)

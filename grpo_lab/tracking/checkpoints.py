@@ -50,8 +50,7 @@ def save_checkpoint(
     def write(path: Path) -> None:
         aliases = {}
         for stem, named in tensors.items():
-            stored, aliases[stem] = _store_once(named)
-            save_file(stored, path / f"{stem}.safetensors", metadata={"format": "pt"})
+            aliases[stem] = write_tensors(path / f"{stem}.safetensors", named)
         write_json(path / STATE, {"step": step, "aliases": aliases, "state": state})
 
     path = folder / f"step-{step:06d}"
@@ -81,6 +80,19 @@ def load_latest(folder: Path) -> Loaded | None:
             f"{folder}: none of {len(skipped)} checkpoints can be read: {skipped[0]}; start again under another --name"
         )
     return None
+
+
+def write_tensors(path: Path, named: Mapping[str, Tensor]) -> dict[str, str]:
+    """Write tensors as safetensors, tied ones once; returns which names stand for another one's tensor."""
+    stored, aliases = _store_once(named)
+    save_file(stored, path, metadata={"format": "pt"})
+    return aliases
+
+
+def read_tensors(path: Path, aliases: Mapping[str, str]) -> dict[str, Tensor]:
+    """What `write_tensors` wrote."""
+    tensors: dict[str, Tensor] = load_file(path)
+    return tensors | {alias: tensors[name] for alias, name in aliases.items()}
 
 
 def optimizer_tensors(state_dict: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -155,10 +167,8 @@ def _read(path: Path, step: int) -> tuple[dict[str, dict[str, Tensor]], dict[str
         saved = json.loads((path / STATE).read_bytes())
         if saved["step"] != step:
             raise ValueError(f"state is of step {saved['step']}")
-        tensors = {stem: load_file(path / f"{stem}.safetensors") for stem in saved["aliases"]}
-        for stem, aliases in saved["aliases"].items():
-            tensors[stem] |= {alias: tensors[stem][name] for alias, name in aliases.items()}
-        return tensors, saved["state"]
+        files = saved["aliases"].items()
+        return {stem: read_tensors(path / f"{stem}.safetensors", aliases) for stem, aliases in files}, saved["state"]
     except (SafetensorError, OSError, LookupError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: is not a checkpoint of step {step}: {error}") from error
 

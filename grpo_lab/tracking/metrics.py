@@ -24,6 +24,8 @@ DESCRIPTIONS: Mapping[str, str] = {
     "rewards/<name>/std": "Sample std of one reward where it gave a value, before its weight.",
     "kl": "KL estimate to the reference policy, mean over completion tokens, in nats.",
     "entropy": "Entropy of the policy's next-token distribution, mean over completion tokens, in nats.",
+    "mean_token_accuracy": "Supervised: share of learnt tokens that were the model's first choice.",
+    "perplexity": "Supervised, held out: exp(loss), the loss being the mean over learnt tokens, each counted once.",
     "completions/mean_length": "Mean completion length in tokens, EOS included.",
     "completions/min_length": "Shortest completion in tokens.",
     "completions/max_length": "Longest completion in tokens.",
@@ -113,9 +115,19 @@ def sampling_metrics(attempts: Attempts) -> dict[str, float]:
     }
 
 
-def sft_metrics(*, loss: float, grad_norm: float, learning_rate: float) -> dict[str, float]:
+def sft_metrics(
+    *, loss: float, grad_norm: float, learning_rate: float, entropy: float | None, accuracy: float | None
+) -> dict[str, float]:
     """The metrics of one supervised step, under their names."""
-    return _existing({"loss": loss, "grad_norm": grad_norm, "learning_rate": learning_rate})
+    return _existing(
+        {
+            "loss": loss,
+            "grad_norm": grad_norm,
+            "learning_rate": learning_rate,
+            "entropy": entropy,
+            "mean_token_accuracy": accuracy,
+        }
+    )
 
 
 def equal_groups(total: Float[Tensor, "P G"]) -> tuple[Bool[Tensor, "P"], Bool[Tensor, "P"]]:

@@ -42,11 +42,20 @@ def test_values_and_gradients_are_those_of_the_two_apart(monkeypatch, held, temp
         lambda *args, temperature: linear_logps(*args[:3], IDS, ROWS, temperature=temperature, held=HELD[held]),
     ):
         tensors = inputs(bias=bias)
-        logps, spread = function(*tensors, temperature=temperature)
+        logps, spread, *_ = function(*tensors, temperature=temperature)
         ((logps * g_logps).sum() + (spread * g_entropy).sum()).backward()
         results.append([logps, spread, *(t.grad for t in tensors if t is not None)])
     for actual, expected in zip(results[1], results[0], strict=True):
         torch.testing.assert_close(actual, expected, atol=1e-12, rtol=1e-12)
+
+
+def test_the_largest_is_the_log_probability_of_the_first_choice():
+    hidden, weight, bias = inputs()
+    out = linear_logps(hidden, weight, bias, IDS, ROWS, temperature=0.7)
+    logps = (torch.nn.functional.linear(hidden, weight, bias) / 0.7).log_softmax(-1)
+    torch.testing.assert_close(out.largest, logps.amax(-1), atol=1e-12, rtol=1e-12)
+    assert ((out.logps >= out.largest[ROWS]) == (logps.argmax(-1)[ROWS] == IDS)).all()
+    assert not out.largest.requires_grad
 
 
 def test_finite_differences_agree():

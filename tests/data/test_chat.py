@@ -1,7 +1,6 @@
 import pytest
 
 from grpo_lab.data.chat import (
-    CHATML,
     TurnEnd,
     check_messages,
     encode_chat,
@@ -12,6 +11,7 @@ from grpo_lab.data.chat import (
     template_problems,
     turn_end,
 )
+from grpo_lab.data.templates import TEMPLATES
 from grpo_lab.errors import RecipeError
 
 HI = [{"role": "user", "content": "Hi"}]
@@ -24,7 +24,7 @@ TALK = [
     {"role": "user", "content": "bye"},
 ]
 END = TurnEnd(2, "<|im_end|>")
-THINKING = CHATML.replace("assistant\n' }}{% endif %}", "assistant\n<think>\n' }}{% endif %}")
+THINKING = TEMPLATES["chatml"].text.replace("assistant\\n'", "assistant\\n<think>\\n'")
 FORGETFUL = (  # rewrites earlier turns, as the templates of reasoning models do
     "{% for message in messages %}<|im_start|>{{ message.role }}\n"
     "{% if message.role == 'assistant' and not loop.last %}{{ message.content.split('</think>')[-1] }}"

@@ -4,17 +4,18 @@ from pathlib import Path
 
 import pytest
 
-from grpo_lab.data.chat import CHATML
 from grpo_lab.data.examples import (
     TrainingRow,
     check_prompts,
     check_training_rows,
     corpus,
     prompt_examples,
+    short_prompts,
     training_rows,
 )
 from grpo_lab.data.sources import load_rows
 from grpo_lab.data.stream import PromptStream, Stream
+from grpo_lab.data.templates import TEMPLATES
 from grpo_lab.data.tokenizer import build_tokenizer
 from grpo_lab.errors import RecipeError
 from grpo_lab.recipe.schema import Data
@@ -244,6 +245,22 @@ def test_after_ten_problems_the_rest_is_left_out(examples):
     assert (len(found), found[-1]) == (11, "... and more")
 
 
+def test_prompts_that_are_too_long_are_left_out(examples, training):
+    rows = [{"q": "1+1="}, {"q": "1+1=" * 20}, {"q": "2+2="}]
+    found = examples(rows, prompt="q", chat=False)
+    assert len(found) == 3
+    short = short_prompts(found, len(found[0].prompt_ids))
+    assert [example.prompt for example in short] == ["1+1=", "2+2="]
+    assert [example.id for example in short] == [found[0].id, found[2].id]
+    with pytest.raises(RecipeError, match="data.max_prompt_tokens: every one of 3 prompts has more than 1 tokens"):
+        short_prompts(found, 1)
+    rows = [{"q": "1+1=", "a": "2"}]
+    with pytest.raises(RecipeError, match="data.max_prompt_tokens: is for prompts to sample from"):
+        training(rows, prompt="q", completion="a", max_prompt_tokens=9)
+    with pytest.raises(ValueError, match="max_prompt_tokens looks at every row first"):
+        recipe(prompt="q", streaming=True, max_prompt_tokens=9)
+
+
 def test_streamed_prompts_are_checked(examples):
     made = examples([{"q": "x"}, {"q": ""}, {"q": "y"}], prompt="q", streaming=True)
 
@@ -387,7 +404,7 @@ def test_a_row_that_cannot_be_learnt_is_named(training, row, settings, expected)
 
 
 def test_thinking_that_the_template_opens_is_not_learnt_twice(training, tokenizer):
-    tokenizer.chat_template = CHATML.replace("assistant\n' }}{% endif %}", "assistant\n<think>\n' }}{% endif %}")
+    tokenizer.chat_template = TEMPLATES["chatml"].text.replace("assistant\\n'", "assistant\\n<think>\\n'")
 
     assert len(training([{"q": "x", "a": "hm</think>y"}], prompt="q", completion="a")[0].learn) > 0
     assert problem(training, [{"q": "x", "a": "<think>hm</think>y"}], prompt="q", completion="a") == (

@@ -130,7 +130,7 @@ def test_the_format_can_be_said_when_the_ending_does_not_tell(tmp_path):
 
     assert load(tmp_path, "d.log", format="jsonl")[0] == {"q": "a"}
     assert message(tmp_path, path="d.log") == (
-        f"data.format: the ending of {tmp_path}/d.log tells no format; set one of jsonl, json, csv, parquet, text"
+        f"data.format: the ending of {tmp_path}/d.log tells no format; set one of jsonl, json, csv, parquet, text, folders, conll, squad, tsv"
     )
 
 

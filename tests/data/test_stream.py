@@ -122,3 +122,43 @@ def test_mapped_items_are_computed_when_asked_for():
     assert (list(squares), squares[3], squares[-1], squares[1:3]) == ([0, 1, 4, 9, 16], 9, 16, [1, 4])
     with pytest.raises(IndexError):
         squares[5]
+
+
+LENGTHS = [(7 * place) % 41 + 1 for place in range(103)]
+
+
+def grouped(batch_size=8, seed=3):
+    return PromptStream(range(len(LENGTHS)), batch_size, seed=seed, lengths=LENGTHS)
+
+
+def test_by_length_every_epoch_still_holds_every_item_once():
+    stream = grouped()
+    seen = [item for step in range(3 * 13) for item in stream.at(step)]
+    for epoch in range(3):
+        assert sorted(seen[epoch * 103 : (epoch + 1) * 103]) == list(range(103))
+
+
+def test_by_length_a_step_is_a_function_of_the_step():
+    forwards = [grouped().at(step) for step in range(30)]
+    stream = grouped()
+    assert [stream.at(step) for step in reversed(range(30))] == forwards[::-1]
+    assert [grouped(seed=4).at(step) for step in range(30)] != forwards
+
+
+def test_by_length_a_step_holds_items_of_similar_length():
+    def spread(stream):
+        batches = [[LENGTHS[item] for item in stream.at(step)] for step in range(12)]
+        return sum(max(batch) - min(batch) for batch in batches) / len(batches)
+
+    plain = PromptStream(range(len(LENGTHS)), 8, seed=3)
+    assert spread(grouped()) < spread(plain) / 5
+
+
+def test_by_length_what_meets_in_a_step_changes_with_the_epoch():
+    stream = grouped()
+    first = {frozenset(stream.at(step)) for step in range(12)}
+    later = {frozenset(stream.at(step)) for step in range(14, 25)}
+    assert len(first & later) < 6
+    means = [sum(LENGTHS[item] for item in stream.at(step)) for step in range(12)]
+    assert means != sorted(means)
+    assert means != sorted(means, reverse=True)

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from grpo_lab.data.chat import encode_chat, render_prompt
 from grpo_lab.data.stream import PromptStream
@@ -222,6 +224,43 @@ def test_both_engines_report_the_same_metrics_but_for_a_stated_few(toy, backend)
     assert timing[0] == timing[1]
 
 
+def with_many_ends(toy: Toy) -> Toy:
+    """One token in four ends an answer, so that some are cut off and some are not."""
+    toy.policy = replace(toy.policy, eos_ids=(*toy.policy.eos_ids, *range(10, 280, 4)))
+    return toy
+
+
+@pytest.mark.parametrize(
+    "algorithm",
+    [
+        {"beta": 0.04, "num_iterations": 3},
+        {"preset": "dapo", "sampling_attempts": 1, "overlong_buffer": 0, "num_iterations": 3},
+        {"preset": "cispo", "beta": 0.1, "num_iterations": 3, "epsilon_high": 1.02},
+        {"preset": "gspo", "num_iterations": 3},
+    ],
+    ids=["grpo", "dapo", "cispo", "gspo"],
+)
+def test_every_metric_has_the_same_value_in_both_engines(toy, algorithm):
+    """In one micro-batch: TRL's are means over micro-batches. Ratios of whole completions it counts by completion."""
+    settings = {
+        "algorithm": algorithm,
+        "rewards": (share_of_fives, length),
+        "sampling": {"backend": "native", "temperature": 0.9},
+        "optimizer": {"name": "sgd", "learning_rate": 0.5},
+        "micro_batch_size": None,
+    }
+    ours, theirs = (with_many_ends(toy(engine, **settings)).run().ends for engine in ENGINES)
+    for mine, other in zip(ours, theirs, strict=True):
+        assert other.metrics.keys() ^ mine.metrics.keys() == ONLY_NATIVE
+        shared = other.metrics.keys()
+        assert {"loss", "grad_norm", "entropy", "clip_ratio/low_mean", "clip_ratio/high_mean"} <= shared
+        assert ("kl" in shared) == (algorithm.get("beta", 0) > 0)
+        by_completion = {name for name in shared if name.startswith("clip_ratio") and algorithm.get("preset") == "gspo"}
+        for name in shared - by_completion:
+            assert other.metrics[name] == pytest.approx(mine.metrics[name], rel=1e-4, abs=1e-6), name
+        assert mine.metrics["clip_ratio/region_mean"] > 0  # there is something to agree on
+
+
 LEARNING = {
     "grpo": {},
     "KL, two iterations": {"beta": 0.04, "num_iterations": 2},
@@ -260,8 +299,7 @@ def test_with_one_sampler_both_engines_learn_the_same_weights(toy, algorithm):
         "micro_batch_size": rows,
     }
     ours, theirs = (toy(engine, **settings) for engine in ENGINES)
-    for each in (ours, theirs):  # one token in four ends an answer, so that some are cut off and some are not
-        each.policy = replace(each.policy, eos_ids=(*each.policy.eos_ids, *range(10, 280, 4)))
+    ours, theirs = with_many_ends(ours), with_many_ends(theirs)
     before = ours.weights()
     ours.run(), theirs.run()
     for mine, other in zip(ours.ends, theirs.ends, strict=True):
@@ -284,6 +322,24 @@ def test_at_the_first_step_the_policy_is_its_own_reference(toy, engine):
     assert run.ends[0].metrics["kl"] == pytest.approx(0, abs=1e-6)
     assert run.ends[0].metrics["loss"] == pytest.approx(0, abs=1e-6)
     assert run.ends[1].metrics["kl"] > 1e-4
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_what_a_run_leaves_loads_with_transformers_and_is_what_was_trained(toy_recipe, tmp_path, cli, engine):
+    keys = [f"stages.grpo.{key}" for key in (f"engine={engine}", "steps=2", "evaluation=null", "checkpoint.every=2")]
+    assert cli("train", toy_recipe, *keys, "stages.warm_start.steps=1", "--output-dir", tmp_path, "--quiet").code == 0
+    stage = tmp_path / "toy" / "grpo"
+    final = AutoModelForCausalLM.from_pretrained(stage / "final")
+    (checkpoint,) = (stage / "checkpoints").glob("*/model.safetensors")
+    weights = load_file(checkpoint)
+    restored = AutoModelForCausalLM.from_config(final.config)
+    missing, unknown = restored.load_state_dict(weights, strict=False)
+    assert (set(missing) <= {"lm_head.weight"}, unknown) == (True, [])  # tied to the embeddings
+    prompt = [{"role": "user", "content": "1+2="}]
+    tokenizer = AutoTokenizer.from_pretrained(stage / "final")
+    ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    logits = [model.eval()(**ids).logits for model in (final, restored)]
+    assert torch.equal(logits[0], logits[1])
 
 
 @pytest.mark.parametrize("backend", ["auto", "native"])

@@ -4,6 +4,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -286,10 +288,30 @@ def test_another_version_of_trl_ends_with_exit_4(world, cli, monkeypatch):
     assert 'engine "trl" needs trl 1.16.0, found 1.17.0' in ran.err
 
 
-def test_trl_sends_no_telemetry():
-    from huggingface_hub import constants
+TELEMETRY = """\
+import importlib
+from huggingface_hub import constants
+from huggingface_hub.utils import _telemetry
 
-    assert constants.HF_HUB_DISABLE_TELEMETRY
+def queued():
+    _telemetry.send_telemetry("test")
+    return _telemetry._TELEMETRY_QUEUE.qsize()
+
+_telemetry._start_telemetry_thread = lambda: None  # what is queued stays there
+for name in ("grpo_lab.engines.trl", "grpo_lab.engines.trl_probe"):
+    constants.HF_HUB_DISABLE_TELEMETRY = False
+    importlib.import_module(name)
+    print(queued())
+constants.HF_HUB_DISABLE_TELEMETRY = False
+print(queued())
+"""
+
+
+def test_trl_sends_no_telemetry_whatever_the_environment_says():
+    switches = ("HF_HUB_DISABLE_TELEMETRY", "DISABLE_TELEMETRY", "DO_NOT_TRACK", "HF_HUB_OFFLINE")
+    plain = {key: value for key, value in os.environ.items() if key not in switches}
+    ran = subprocess.run([sys.executable, "-c", TELEMETRY], capture_output=True, text=True, check=True, env=plain)
+    assert ran.stdout.split() == ["0", "0", "1"]  # the last one shows that something would have been sent
 
 
 def test_a_prompt_that_trl_would_tokenise_otherwise_is_refused(tokenizer):

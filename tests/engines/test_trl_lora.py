@@ -8,7 +8,7 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainerCallback
 
 from grpo_lab.assemble import assemble
 from grpo_lab.errors import RecipeError
@@ -104,19 +104,70 @@ def test_a_resumed_adapter_keeps_the_reference_of_the_stage_s_start(run, tmp_pat
         shutil.move(kept, run)
 
 
+class Watcher(TrainerCallback):
+    """What learns, and what the optimiser holds: before a step's reference pass, and when its gradient is there."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[set[str], set[str]]] = []
+        self.all: set[str] = set()
+
+    def look(self, args, state, control, **kwargs):
+        names = {id(parameter): name for name, parameter in kwargs["model"].named_parameters()}
+        learns = {name for name, parameter in kwargs["model"].named_parameters() if parameter.requires_grad}
+        held = {names[id(each)] for group in kwargs["optimizer"].param_groups for each in group["params"]}
+        self.seen.append((learns, held))
+        self.all |= set(names.values())
+
+    on_step_begin = on_pre_optimizer_step = look
+
+
+@pytest.mark.parametrize(
+    "lora, beta",
+    [("r: 2, rslora: true", 0.04), ("r: 2, dora: true", 0.04), ("r: 2, bias: all", 0.0)],
+    ids=["rslora", "dora", "bias"],
+)
+def test_only_the_adapter_learns_and_the_reference_pass_changes_no_flag(tmp_path, monkeypatch, lora, beta):
+    import grpo_lab.stages.grpo_trl as module
+
+    watcher, train_with_trl = Watcher(), module.train
+
+    def watched(parts, model, *, callbacks, **rest):
+        train_with_trl(parts, model, callbacks=[*callbacks, watcher], **rest)
+
+    monkeypatch.setattr(module, "train", watched)
+    text = RECIPE[: RECIPE.index("  warm:")].replace("model_type: llama", "model_type: qwen2")  # it has biases
+    text = text.replace("r: 2, alpha: 4, dropout: 0.1", lora).replace("beta: 0.04", f"beta: {beta}")
+    (tmp_path / "recipe.yaml").write_text(text)
+    (tmp_path / "odd.py").write_text(PLUGIN)
+    run = train(tmp_path)
+    learns, held = watcher.seen[0]
+    assert watcher.seen == [(learns, held)] * 6
+    assert held == learns
+    assert not any(".ref." in name for name in learns)
+    assert any(".ref." in name for name in watcher.all) == (beta > 0)
+    final = load_file(run / "fresh" / "final" / "adapter_model.safetensors")
+    assert len(final) == len(learns)
+    kinds = {"rslora": (), "dora": ("lora_magnitude_vector",), "bias": (".bias",)}
+    assert all(any(kind in name for name in final) for key, parts in kinds.items() if key in lora for kind in parts)
+    count = sum(tensor.numel() for tensor in final.values())
+    assert read_jsonl(run / "fresh" / "events.jsonl")[0]["message"].startswith(f"{count:,} of ")
+
+
 def test_what_trl_cannot_do_beside_an_adapter_is_refused(run):
     recipe = run.parent.parent / "recipe.yaml"
     with pytest.raises(RecipeError) as error:
         assemble(
             load(
                 recipe,
-                ["model.quantization={}", "stages.warm.algorithm.reference_refresh={every: 2}"],
+                ["model.quantization={}", "stages.warm.algorithm.reference_refresh={every: 2}", "model.lora.bias=all"],
             )
         )
-    assert len(error.value.problems) == 3
+    assert len(error.value.problems) == 5
     for key in (
         "stages.fresh.model.quantization",
         "stages.warm.model.quantization",
         "stages.warm.algorithm.reference_ref",
+        "stages.fresh.model.lora.bias",
+        "stages.warm.model.lora.bias",
     ):
         assert key in str(error.value)

@@ -3,7 +3,8 @@
 import pytest
 
 from grpo_lab.data.stream import PromptStream
-from grpo_lab.engines.trl_rollouts import Prompts, Rollouts, TrlParts
+from grpo_lab.engines.trl_dataset import LazyRows
+from grpo_lab.engines.trl_rollouts import Rollouts, TrlParts
 from grpo_lab.errors import RewardError
 from grpo_lab.recipe.schema import GrpoStage
 from grpo_lab.scoring import BoundTerm, RewardSet
@@ -118,7 +119,7 @@ def test_more_failures_than_the_budget_end_the_run(rollouts_of):
 
 def test_prompts_are_made_when_they_are_asked_for():
     asked = []
-    rows = Prompts.of(1000, lambda position: asked.append(position) or {"position": position})
+    rows = LazyRows.of(1000, lambda position: asked.append(position) or {"position": position})
     assert len(rows) == 1000
     assert rows[3] == {"position": 3}
     assert rows.__getitems__([5, 5, 6]) == [{"position": 5}, {"position": 5}, {"position": 6}]

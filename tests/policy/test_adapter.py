@@ -185,8 +185,15 @@ def test_a_reference_beside_an_adapter_costs_no_more_than_what_learns(make_polic
     assert set(own) == learned(policy.model)
 
 
-def test_a_reference_pass_leaves_policy_optimiser_and_count_as_they_are(warm, base, tokenizer):
-    policy = load_policy(Model(path=str(base), lora=ADAPTER), tokenizer, seed=0, folder=warm)
+@pytest.mark.parametrize("case", ["fresh", "warm", "full", "dora", "biases"])
+def test_a_reference_pass_leaves_policy_optimiser_and_count_as_they_are(make_policy, tokenizer, tmp_path, case):
+    write_policy(make_policy(model_type="qwen2"), tmp_path / "base")
+    loras = {"full": None, "dora": Lora(r=4, dora=True), "biases": Lora(r=4, bias="all")}
+    model = Model(path=str(tmp_path / "base"), lora=loras.get(case, ADAPTER))
+    policy = load_policy(model, tokenizer, seed=0)
+    if case == "warm":
+        write_policy(shift(policy), tmp_path / "warm")
+        policy = load_policy(model, tokenizer, seed=0, folder=tmp_path / "warm")
     before, count = flags(policy), parameter_count(policy.model)
     reference = frozen_copy(policy)
     kept = tensors(policy)

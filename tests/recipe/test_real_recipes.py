@@ -10,7 +10,6 @@ import pytest
 from grpo_lab.assemble import assemble
 from grpo_lab.bundled import describe, find_recipe
 from grpo_lab.errors import RecipeError
-from grpo_lab.inspection import describe_plan
 from grpo_lab.policy.load import load_policy
 from grpo_lab.policy.trainable import parameter_count
 from grpo_lab.recipe import load
@@ -42,23 +41,126 @@ def stand_ins(tmp_path_factory) -> dict[str, Path]:
     return {kind: make(kind, tmp_path_factory.mktemp(kind)) for kind in ("llama", "qwen2")}
 
 
-def on_stand_in(name: str, stand_ins: dict[str, Path], folder: Path):
-    """The recipe with a tiny model and local rows in place of the hub's."""
+def overrides(name: str, stand_ins: dict[str, Path], folder: Path) -> list[str]:
+    """What puts a tiny model and local rows in place of the hub's."""
     kind, rows, _ = RECIPES[name]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    path = find_recipe(name)
-    overrides = [f"model.path={stand_ins[kind]}"]
-    for key, stage in load(path).recipe.stages.items():
+    changes = [f"model.path={stand_ins[kind]}"]
+    for key, stage in load(find_recipe(name)).recipe.stages.items():
         for block in ("data", "evaluation.data")[: 1 + (stage.evaluation is not None)]:
             place = f"stages.{key}.{block}"
-            overrides += [f"{place}.source=file", f"{place}.path={folder}/rows.jsonl", f"{place}.name=null"]
-    return load(path, overrides)
+            changes += [f"{place}.source=file", f"{place}.path={folder}/rows.jsonl", f"{place}.name=null"]
+    return changes
+
+
+def on_stand_in(name: str, stand_ins: dict[str, Path], folder: Path):
+    """The recipe with a tiny model and local rows in place of the hub's."""
+    return load(find_recipe(name), overrides(name, stand_ins, folder))
+
+
+SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+STORIES_SET = {
+    "model.path": "HuggingFaceTB/SmolLM-135M-Instruct",
+    "model.dtype": "bfloat16",
+    "model.lora.r": 16,
+    "model.lora.alpha": 32,
+    "model.lora.target_modules": "all-linear",
+    "grpo.data.path": "mlabonne/smoltldr",
+    "grpo.data.max_prompt_tokens": 512,
+    "grpo.optimizer.name": "adamw_8bit",
+    "grpo.optimizer.learning_rate": 2e-5,
+    "grpo.micro_batch_size": 8,
+    "grpo.prompts_per_step": 2,
+    "grpo.sampling.num_generations": 8,
+    "grpo.sampling.max_completion_length": 96,
+    "grpo.rewards.0.name": "length",
+    "grpo.rewards.0.weight": 1.0,
+    "grpo.rewards.0.options": {"target": 50, "scale": 1.0},
+}
+REASONING_SET = {
+    "model.path": "Qwen/Qwen2.5-1.5B-Instruct",
+    "model.quantization.type": "nf4",
+    "model.lora.r": 32,
+    "model.lora.alpha": 32,
+    "model.lora.target_modules": SEVEN,
+    "grpo.data.path": "openai/gsm8k",
+    "grpo.data.max_prompt_tokens": 256,
+    "grpo.optimizer.name": "paged_adamw_8bit",
+    "grpo.optimizer.learning_rate": 5e-6,
+    "grpo.optimizer.betas": (0.9, 0.99),
+    "grpo.optimizer.weight_decay": 0.1,
+    "grpo.optimizer.warmup_steps": 0.1,
+    "grpo.optimizer.schedule": "cosine",
+    "grpo.optimizer.max_grad_norm": 0.1,
+    "grpo.sampling.num_generations": 6,
+    "grpo.sampling.max_completion_length": 768,
+    "grpo.steps": 250,
+}
+MINIMAL_SET = {
+    "model.path": "Qwen/Qwen2-0.5B-Instruct",
+    "model.lora": None,
+    "grpo.sampling.num_generations": 4,
+    "grpo.micro_batch_size": 4,
+    "grpo.prompts_per_step": 2,
+    "grpo.optimizer.learning_rate": 1e-5,
+}
+GSM8K_SET = {
+    "model.path": "Qwen/Qwen2.5-0.5B-Instruct",
+    "model.lora.r": 32,
+    "model.lora.alpha": 32,
+    "grpo.data.path": "openai/gsm8k",
+    "grpo.prompts_per_step": 64,
+    "grpo.sampling.num_generations": 5,
+    "grpo.sampling.max_completion_length": 1024,
+    "grpo.sampling.temperature": 1.0,
+    "grpo.optimizer.learning_rate": 3e-5,
+    "grpo.optimizer.schedule": "constant",
+    "grpo.algorithm.epsilon_low": 0.2,
+    "grpo.algorithm.epsilon_high": 0.2,
+    "grpo.algorithm.beta": 1e-3,
+    "grpo.algorithm.kl_estimator": "k3",
+    "grpo.steps": 116,
+    "grpo.rewards.1.only_if": "finished",
+}
+CHAT_SET = {
+    "model.path": "HuggingFaceTB/SmolLM2-135M",
+    "model.lora": None,
+    "sft.data.path": "HuggingFaceTB/smoltalk",
+    "sft.batch_size": 4,
+    "sft.optimizer.learning_rate": 5e-5,
+    "sft.steps": 1000,
+}
+SETTINGS = {
+    "smollm-short-stories": STORIES_SET,
+    "qwen2.5-1.5b-reasoning-4bit": REASONING_SET,
+    "qwen2-0.5b-minimal": MINIMAL_SET,
+    "qwen2.5-0.5b-gsm8k": GSM8K_SET,
+    "qwen2.5-1.5b-gsm8k": {**GSM8K_SET, "model.path": "Qwen/Qwen2.5-1.5B-Instruct"},
+    "smollm2-chat": CHAT_SET,
+    "smollm2-chat-lora": {k: v for k, v in CHAT_SET.items() if k != "model.lora"}
+    | {"model.lora.r": 6, "model.lora.alpha": 8, "model.lora.dropout": 0.05},
+}
+
+
+def at(value, key: str):
+    """The value at a dotted key."""
+    for part in key.split("."):
+        value = value[int(part) if isinstance(value, list) else part]
+    return value
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_a_recipe_for_a_real_model_assembles_and_its_sizes_are_those_of_the_settings(name, stand_ins, tmp_path):
-    plan = assemble(on_stand_in(name, stand_ins, tmp_path))
-    (stage,) = describe_plan(plan)["stages"].values()
+def test_a_recipe_for_a_real_model_has_the_settings_that_were_published(name):
+    recipe = load(find_recipe(name)).recipe
+    values = {"model": recipe.model.model_dump(), **{key: each.model_dump() for key, each in recipe.stages.items()}}
+    assert {key: at(values, key) for key in SETTINGS[name]} == SETTINGS[name]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_for_a_real_model_dry_runs_and_its_sizes_are_those_of_the_settings(cli, name, stand_ins, tmp_path):
+    ran = cli("train", name, *overrides(name, stand_ins, tmp_path), "--dry-run", "--json")
+    assert ran.code == 0, ran.err
+    (stage,) = json.loads(ran.out)["stages"].values()
     per_step = stage["sizes"].get("completions_per_optimizer_step", stage["sizes"].get("rows_per_step"))
     assert per_step == RECIPES[name][2]
 
@@ -70,7 +172,7 @@ def test_a_recipe_for_a_real_model_says_that_it_was_not_run_here(name):
     assert describe(find_recipe(name))
 
 
-@pytest.mark.parametrize("name", ["smollm-short-stories", "smollm2-chat", "smollm2-chat-lora", "qwen2.5-0.5b-gsm8k"])
+@pytest.mark.parametrize("name", [name for name in RECIPES if "4bit" not in name])
 def test_its_model_block_loads_the_architecture(name, stand_ins, tmp_path):
     plan = assemble(on_stand_in(name, stand_ins, tmp_path))
     (stage,) = plan.recipe.stages.values()

@@ -47,7 +47,7 @@ def test_every_value_is_written_out(toy):
     written = yaml.safe_load(resolved_yaml(toy()))
     assert written["stages"]["a"]["algorithm"]["advantage_scale"] == "none"
     assert written["stages"]["a"]["sampling"]["max_rows"] is None
-    assert written["tracking"] == {"rollouts": True, "wandb": None}
+    assert written["tracking"] == {"rollouts": True, "wandb": None, "push": None}
 
 
 @pytest.mark.parametrize(

@@ -145,9 +145,9 @@ def test_every_metric_has_a_description():
     total = torch.tensor([[1.0, 0.0], [1.0, 1.0]])
     metrics = step_metrics(groups, replace(scores(total, OK), real_total=total, logged={"mine": (1.0, 2.0)}), STATS)
     assert metrics["lab/logged/mine"] == 1.5
-    supervised = sft_metrics(loss=1.0, grad_norm=1.0, learning_rate=1.0)
+    supervised = sft_metrics(loss=1.0, grad_norm=1.0, learning_rate=1.0, entropy=1.0, accuracy=0.5)
     resampling = sampling_metrics(Attempts(limit=3, used=3, num_drawn=9, num_without_signal=1))
-    described = {description(name) for name in [*metrics, *supervised, *resampling]}
+    described = {description(name) for name in [*metrics, *supervised, *resampling, "eval_perplexity"]}
     assert described == set(DESCRIPTIONS.values())
     assert description("eval_rewards/my/odd.name/mean") == DESCRIPTIONS["rewards/<name>/mean"]
     assert description("sample_seconds") == "Wall-clock seconds of one phase of the step, for example sample_seconds."

@@ -6,36 +6,46 @@ default of its own.
 
 from grpo_lab.recipe.schema.algorithm import Algorithm, ReferenceRefresh
 from grpo_lab.recipe.schema.block import Block, Fraction
-from grpo_lab.recipe.schema.data import Answer, Data
+from grpo_lab.recipe.schema.data import Answer, Classes, Cut, Data, Gathered, Partition, Questions, Tagged
 from grpo_lab.recipe.schema.grpo import GrpoStage
-from grpo_lab.recipe.schema.model import Lora, Model, Quantization, StageModel, TokenizerBuild
-from grpo_lab.recipe.schema.recipe import Recipe, Stage, Tracking, Wandb
+from grpo_lab.recipe.schema.model import SHIPPED_TEMPLATES, Lora, Model, Quantization, StageModel, TokenizerBuild
+from grpo_lab.recipe.schema.recipe import Push, Recipe, Stage, Tracking, Wandb
 from grpo_lab.recipe.schema.rewards import RewardTerm, WeightSchedule
 from grpo_lab.recipe.schema.sampling import Sampling
-from grpo_lab.recipe.schema.sft import SftStage
+from grpo_lab.recipe.schema.sft import KeyTokens, Selection, SftStage
 from grpo_lab.recipe.schema.stage import Checkpoint, Evaluation, Optimizer, StageBase
 
 __all__ = [
+    "SHIPPED_TEMPLATES",
     "Algorithm",
     "Answer",
     "Block",
     "Checkpoint",
+    "Classes",
+    "Cut",
     "Data",
     "Evaluation",
     "Fraction",
+    "Gathered",
     "GrpoStage",
+    "KeyTokens",
     "Lora",
     "Model",
     "Optimizer",
+    "Partition",
+    "Push",
     "Quantization",
+    "Questions",
     "Recipe",
     "ReferenceRefresh",
     "RewardTerm",
     "Sampling",
+    "Selection",
     "SftStage",
     "Stage",
     "StageBase",
     "StageModel",
+    "Tagged",
     "TokenizerBuild",
     "Tracking",
     "Wandb",

@@ -62,7 +62,8 @@ class Algorithm(Block):
     top_entropy_quantile: Annotated[float, Field(gt=0, le=1)] = 1.0
     """The share of tokens, those of highest entropy under pi_old, that the policy objective keeps; 1 = all."""
     mask_truncated_completions: bool = False
-    """Leave completions that the length limit cut off out of the loss; they stay in their group's baseline."""
+    """Leave completions that the length limit cut off out of the loss; they stay in their group's baseline. DAPO's overlong
+    filtering (arXiv:2503.14476)."""
     sampling_attempts: PositiveInt = 1
     """Dynamic sampling: rounds of sampling in a step, groups without signal being replaced in each; 1 = off."""
     overlong_buffer: Fraction = 0.0

@@ -6,9 +6,11 @@ from pydantic import Field, model_validator
 
 from grpo_lab.recipe.schema.block import Block, PositiveInt
 
+SHIPPED_TEMPLATES = ("chatml", "mistral", "llama3")
+
 
 class TokenizerBuild(Block):
-    """A byte-level BPE tokenizer with a ChatML template, trained on the text of the first stage's data."""
+    """A byte-level BPE tokenizer with a chat template, trained on the text of the first stage's data."""
 
     vocab_size: Annotated[int, Field(ge=260)]
     """How many tokens: 256 bytes, the special tokens, and as many merges as remain."""
@@ -71,9 +73,9 @@ class Model(Block):
     tokenizer: str | TokenizerBuild | None = None
     """A folder or hub id, or how to build one; null takes the model's own."""
     chat_template: str | None = None
-    """`chatml` or a file with a Jinja template; null takes the tokenizer's own."""
+    """`chatml`, `mistral`, `llama3`, or a file with a Jinja template; null takes the tokenizer's own (built: chatml)."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """The type of weights and computation."""
+    """The type of weights and computation. Where all weights learn, bfloat16 rounds away steps below 1/256 of a weight."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     """Which attention implementation transformers uses."""
     gradient_checkpointing: bool = False
@@ -91,6 +93,11 @@ class Model(Block):
             raise ValueError("give either path (a pretrained model) or config (a new one)")
         if self.config is not None and self.tokenizer is None:
             raise ValueError("a model made from config needs a tokenizer: a path, or {vocab_size: ...} to build one")
+        own = self.chat_template is not None and self.chat_template not in SHIPPED_TEMPLATES
+        if isinstance(self.tokenizer, TokenizerBuild) and own:
+            raise ValueError(
+                f"a built tokenizer has the tokens of one of the templates {', '.join(SHIPPED_TEMPLATES)}; name one"
+            )
         if self.config is not None and "model_type" not in self.config:
             raise ValueError("config needs model_type, for example llama or qwen2")
         return quantized_with_lora(self)

@@ -23,6 +23,19 @@ class Wandb(Block):
     """The team or user."""
 
 
+class Push(Block):
+    """The last stage's model on the hub while it trains, with its card; as `grpo-lab push` sends it."""
+
+    repo: Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]*/[\w.-]+$", max_length=96)]
+    """The hub's name for it: owner/name."""
+    public: bool = False
+    """For everybody; a repository that is public already is refused without it."""
+    merge: bool = False
+    """An adapter merged into the weights it is learnt beside."""
+    checkpoints: bool = True
+    """Send at every checkpoint, in the background; false = only when the run is finished."""
+
+
 class Tracking(Block):
     """What is written beside the metrics."""
 
@@ -30,6 +43,8 @@ class Tracking(Block):
     """Whether every completion with its rewards is stored."""
     wandb: Wandb | None = None
     """Also log to Weights & Biases; needs grpo-lab[wandb]."""
+    push: Push | None = None
+    """Also send the last stage's model to the hub."""
 
 
 class Recipe(Block):
