@@ -273,6 +273,13 @@ class Builder:
             return None
         workers = Workers(Settings(stage.reward_workers, stage.reward_timeout_seconds, stage.reward_memory_gib))
         rewards = bind(stage.reward_terms, self.registry, workers)
+        if stage.score_while_sampling and not rewards.early_terms:
+            self.found.add(
+                (*loc, "score_while_sampling"),
+                "no reward here can be called early: it takes one of your own (a plugin's, a package's, a dotted path's) over "
+                "completion or group, not an object, and over completion without only_if; leave it out",
+            )
+            return None
         return GrpoPlan(name, stage, stream, rewards, held_out, bind(terms, self.registry, workers), workers)
 
     def _examples(self, stage: GrpoStage, data: Data, loc: Loc) -> Mapped[Example] | Stream[Example]:

@@ -15,7 +15,7 @@ from grpo_lab.engines.learner import Learner
 from grpo_lab.engines.update import update
 from grpo_lab.policy.forward import learn_without_dropout
 from grpo_lab.recipe.schema import GrpoStage
-from grpo_lab.sampling.decoding import Sampler
+from grpo_lab.sampling.decoding import Sampler, TellingSampler
 from grpo_lab.scoring import RewardSet, before_step, check_budget, controlled
 from grpo_lab.seeds import derive_seed
 from grpo_lab.tracking.metrics import sampling_metrics, step_metrics
@@ -93,9 +93,14 @@ def collect(parts: Parts, step: int, clock: Stopwatch) -> Collected:
 
 
 def _draw(parts: Parts, examples: list[Example], seed: int, step: int, clock: Stopwatch) -> tuple[list[Group], Scores]:
-    groups = parts.sampler.sample(examples, num_generations=parts.stage.sampling.num_generations, seed=seed)
+    count, early = parts.stage.sampling.num_generations, None
+    if parts.stage.score_while_sampling and isinstance(parts.sampler, TellingSampler):  # the recipe's check sees to it
+        early = parts.rewards.early(examples, count)
+        groups = parts.sampler.sample_telling(examples, early, num_generations=count, seed=seed)
+    else:
+        groups = parts.sampler.sample(examples, num_generations=count, seed=seed)
     clock.lap("sample")
-    scores = parts.rewards.score(groups, before_step(parts.stage, step))
+    scores = parts.rewards.score(groups, before_step(parts.stage, step), early)
     check_budget(scores, groups, max_failed=parts.stage.max_failed_rewards, folder=parts.folder)
     clock.lap("score")
     return groups, controlled(scores, parts.stage.reward_control, seed=derive_seed(seed, "control"))

@@ -113,6 +113,10 @@ REFUSED: Mapping[str, Refusal] = {
         "TRL normalises each reward before it weighs it, with weights that never change; set reward_aggregation: sum, a "
         "number for the weight, or engine: native",
     ),
+    "score_while_sampling": (
+        lambda stage: stage.score_while_sampling,
+        "GRPOTrainer scores when a step's sampling is over; leave it out or set engine: native",
+    ),
     "sampling.max_rows": (
         lambda stage: stage.sampling.max_rows is not None and stage.sampling.backend == "auto",
         "TRL's own generation decodes all completions of a step at once; set sampling.backend: native, or leave it out",

@@ -1,5 +1,6 @@
 """From logits to a token: temperature, top_k, top_p and min_p, then inverse-CDF sampling with given noise."""
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -9,7 +10,10 @@ from torch import Tensor
 
 from grpo_lab.recipe.schema import Sampling
 from grpo_lab.seeds import derive_seed
-from grpo_lab.types import Example, Group, Policy
+from grpo_lab.types import Completion, Example, Group, Policy
+
+Listener = Callable[[Mapping[int, Completion]], None]
+"""Told after every token which answers ended with it (often none), by their row: group * num_generations + index."""
 
 _BLOCK = 64  # tokens whose masses are summed before a running sum is taken
 
@@ -50,6 +54,17 @@ class Sampler(Protocol):
 
     def sync(self, policy: Policy) -> None:
         """Take over the policy's weights after an update."""
+        ...
+
+
+@runtime_checkable
+class TellingSampler(Sampler, Protocol):
+    """A sampler that can tell of each answer as it ends, while it goes on with the others."""
+
+    def sample_telling(
+        self, examples: list[Example], listener: Listener, *, num_generations: int, seed: int
+    ) -> list[Group]:
+        """The groups of `sample`, with the completions that `listener` was told of."""
         ...
 
 

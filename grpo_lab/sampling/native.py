@@ -10,7 +10,7 @@ from transformers import DynamicCache
 from grpo_lab.attention.interface import NotPackableError
 from grpo_lab.attention.probe import why_plain
 from grpo_lab.padding import pad_left
-from grpo_lab.sampling.decoding import Decoding, draw, group_noise
+from grpo_lab.sampling.decoding import Decoding, Listener, draw, group_noise
 from grpo_lab.sampling.shared import SharedPromptDecoder
 from grpo_lab.types import Completion, Example, Group, Policy
 
@@ -26,9 +26,15 @@ class NativeSampler:
         """Nothing to copy: the sampler uses the trained weights themselves."""
         self.policy = policy
 
-    @torch.inference_mode()
     def sample(self, examples: list[Example], *, num_generations: int, seed: int) -> list[Group]:
         """`num_generations` completions for each example, at most `max_rows` rows decoded at once."""
+        return self.sample_telling(examples, lambda _: None, num_generations=num_generations, seed=seed)
+
+    @torch.inference_mode()
+    def sample_telling(
+        self, examples: list[Example], listener: Listener, *, num_generations: int, seed: int
+    ) -> list[Group]:
+        """As `sample`, and tell `listener` of each answer that ends."""
         if not examples:
             return []
         self.policy.model.eval()
@@ -37,28 +43,38 @@ class NativeSampler:
         prompts = [example.prompt_ids for example in examples]
         completions = None
         if why_plain(self.policy.model) is None:
-            completions = self._shared(prompts, num_generations, noise)
+            completions = self._shared(prompts, num_generations, noise, listener)
         if completions is None:
-            completions = self._plain(prompts, num_generations, noise)
+            completions = self._plain(prompts, num_generations, noise, listener)
         starts = range(0, len(completions), num_generations)
         answers = (tuple(completions[start : start + num_generations]) for start in starts)
         return [Group(example, own) for example, own in zip(examples, answers, strict=True)]
 
     def _shared(
-        self, prompts: list[tuple[int, ...]], num_generations: int, noise: Float[Tensor, "N T"]
+        self, prompts: list[tuple[int, ...]], num_generations: int, noise: Float[Tensor, "N T"], listener: Listener
     ) -> list[Completion] | None:
         """Each prompt computed once and kept once; None where the model's attention does not allow it."""
         num_rows = len(noise)
         slots = min(num_rows, self.decoding.max_rows or num_rows)
         of_prompt = [prompt for prompt in range(len(prompts)) for _ in range(num_generations)]
+        decoder = SharedPromptDecoder(self.policy, self.decoding, prompts, slots)
+        done: dict[int, Completion] = {}
+
+        def tell(rows: Sequence[int]) -> None:
+            ended = [decoder.rows[row] for row in rows]
+            made = self._completions([(row.tokens, row.logps, row.finished) for row in ended])
+            new = dict(zip(rows, made, strict=True))
+            done.update(new)
+            listener(new)
+
         try:
-            rows = SharedPromptDecoder(self.policy, self.decoding, prompts, slots).decode(of_prompt, noise)
-        except NotPackableError:
+            decoder.decode(of_prompt, noise, tell)
+        except NotPackableError:  # before the first token
             return None
-        return self._completions([(row.tokens, row.logps, row.finished) for row in rows])
+        return [done[row] for row in range(num_rows)]
 
     def _plain(
-        self, prompts: list[tuple[int, ...]], num_generations: int, noise: Float[Tensor, "N T"]
+        self, prompts: list[tuple[int, ...]], num_generations: int, noise: Float[Tensor, "N T"], listener: Listener
     ) -> list[Completion]:
         """With transformers' cache, a copy of the prompt in every row: right for every decoder."""
         rows = self.decoding.max_rows or len(noise)
@@ -68,11 +84,17 @@ class NativeSampler:
             part = prompts[start : start + at_once]
             piece = noise[start * num_generations : (start + len(part)) * num_generations]
             for some in piece.split(rows):  # one, unless a single group is larger than max_rows
-                done += self._decode(part, len(some) // len(part), some)
+                first = len(done)  # the row of all that is the first here
+                done += self._decode(part, len(some) // len(part), some, first, listener)
         return done
 
     def _decode(
-        self, prompts: list[tuple[int, ...]], num_generations: int, noise: Float[Tensor, "N T"]
+        self,
+        prompts: list[tuple[int, ...]],
+        num_generations: int,
+        noise: Float[Tensor, "N T"],
+        first: int,
+        listener: Listener,
     ) -> list[Completion]:
         model = self.policy.model
         device = next(model.parameters()).device
@@ -98,20 +120,24 @@ class NativeSampler:
         eos = torch.tensor(self.policy.eos_ids, device=device)
         tokens = torch.zeros(num_rows, length, dtype=torch.long, device=device)
         logps = torch.zeros(num_rows, length, device=device)
-        lengths = torch.full((num_rows,), length, device=device)
-        finished = torch.zeros(num_rows, dtype=torch.bool, device=device)
+        done: dict[int, Completion] = {}
         alive = torch.arange(num_rows, device=device)  # which row each row of the cache is
         for t in range(length):
             token, logp = draw(logits, noise[alive, t], self.decoding)
             tokens[alive, t], logps[alive, t] = token, logp
-            ended = torch.isin(token, eos)
-            if ended.any():
-                finished[alive[ended]], lengths[alive[ended]] = True, t + 1
+            finished = torch.isin(token, eos)
+            ended = finished if t + 1 < length else torch.ones_like(finished)
+            rows = alive[ended].tolist()
+            if rows:
+                written = tokens[rows, : t + 1].tolist(), logps[rows, : t + 1].tolist(), finished[ended].tolist()
+                done |= zip(rows, self._completions(list(zip(*written, strict=True))), strict=True)
+            listener({first + row: done[row] for row in rows})
+            if len(done) == num_rows:
+                break
+            if rows:
                 keep = (~ended).nonzero().squeeze(-1)
                 alive, token, mask, position = alive[keep], token[keep], mask[keep], position[keep]
                 cache.batch_select_indices(keep)
-            if alive.numel() == 0 or t + 1 == length:
-                break
             position = position + 1
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
             logits = model(
@@ -121,10 +147,11 @@ class NativeSampler:
                 past_key_values=cache,
                 use_cache=True,
             ).logits[:, -1]
-        rows = zip(tokens.tolist(), logps.tolist(), lengths.tolist(), finished.tolist(), strict=True)
-        return self._completions([(ids[:n], values[:n], done) for ids, values, n, done in rows])
+        return [done[row] for row in range(num_rows)]
 
     def _completions(self, rows: Sequence[tuple[list[int], list[float], bool]]) -> list[Completion]:
+        if not rows:
+            return []
         texts = self.policy.tokenizer.batch_decode([ids for ids, _, _ in rows], skip_special_tokens=True)
         return [
             Completion(text, tuple(ids), done, tuple(logps))

@@ -1,7 +1,7 @@
 """Decoding with shared prompts: each is computed once, rows that end give up their slot, and others take it."""
 
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -50,8 +50,11 @@ class SharedPromptDecoder:
         self.slots: list[int] = []  # which row is in each slot
         self.laid: list[int] = []  # which prompts are on the table
 
-    def decode(self, of_prompt: Sequence[int], noise: Float[Tensor, "N T"]) -> list[Row]:
-        """All rows, from their first token to their end."""
+    def decode(
+        self, of_prompt: Sequence[int], noise: Float[Tensor, "N T"], tell: Callable[[Sequence[int]], None]
+    ) -> list[Row]:
+        """All rows, from their first token to their end; `tell` is told after every token which rows ended with it."""
+        self.tell = tell
         self.rows, self.noise = [Row(prompt) for prompt in of_prompt], noise
         self.unfinished = Counter(of_prompt)
         waiting = deque(range(len(self.rows)))
@@ -113,6 +116,7 @@ class SharedPromptDecoder:
             self.unfinished[prompt] -= 1
             if self.unfinished[prompt] == 0:
                 del self.caches[prompt], self.ends[prompt]
+        self.tell(rows)
 
     def _seat(self) -> None:
         """Lay the table for the prompts in use where they changed or have become half as many, and seat the rows."""

@@ -10,7 +10,7 @@ import tempfile
 import time
 import weakref
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from itertools import count
 from typing import Any
@@ -100,7 +100,7 @@ class WorkerProcess:
         finally:
             self.channel.settimeout(0)
 
-    def give(self, jobs: Sequence[Job], rows: Sequence[int], seconds: float) -> None:
+    def give(self, jobs: Mapping[int, Job], rows: Sequence[int], seconds: float) -> None:
         """Ask for these calls, in this order."""
         self.owed, self.idle = deque(rows), False
         if self.ready:

@@ -10,17 +10,16 @@ import torch
 from grpo_lab.recipe.schema import RewardTerm
 from grpo_lab.scoring.calls import FAILURES, GATED, LARGEST, Job, Outcome, call
 from grpo_lab.scoring.composition import Range, summed
+from grpo_lab.scoring.early import EarlyCalls, may_begin_early
+from grpo_lab.scoring.jobs import jobs_of
 from grpo_lab.scoring.mark import Stateful, plain_state
 from grpo_lab.scoring.notes import Notes
 from grpo_lab.scoring.registry import Registry
 from grpo_lab.scoring.terms import BoundTerm, bound_terms, gate_order, note
 from grpo_lab.scoring.workers import Workers, is_users
-from grpo_lab.types import FINISHED, Completion, Example, Group, Progress, Scores
+from grpo_lab.types import FINISHED, Example, Group, Progress, Scores
 
 T = TypeVar("T")
-
-# Names that the batched contract gives a meaning of its own, so a column of that name is not passed; as in TRL.
-_RESERVED = frozenset({"prompt", "prompts", "completion", "completions", "completion_ids"})
 
 
 def bind(terms: Sequence[RewardTerm], registry: Registry, workers: Workers | None = None) -> "RewardSet":
@@ -91,7 +90,17 @@ class RewardSet:
         ]
         return lost + ([] if self.workers is None else self.workers.inexact_because())
 
-    def score(self, groups: Sequence[Group], progress: Progress = FINISHED) -> Scores:
+    @property
+    def early_terms(self) -> tuple[BoundTerm, ...]:
+        """The terms that can be called before all answers of a step are there."""
+        return tuple(term for term in self.terms if self._workers_of(term) is not None and may_begin_early(term))
+
+    def early(self, examples: Sequence[Example], num_generations: int) -> EarlyCalls:
+        """Calls for answers that are still being sampled: what a sampler tells of each, and `score` is given after it."""
+        calls = [] if self.workers is None else [(term, self.workers.begin(term)) for term in self.early_terms]
+        return EarlyCalls(calls, examples, num_generations)
+
+    def score(self, groups: Sequence[Group], progress: Progress = FINISHED, early: EarlyCalls | None = None) -> Scores:
         """The weighted sum of all terms for every completion, and each term with its status.
 
         A term that fails (an exception, nan, a wrong type) is never a 0: the completion's total is nan, which takes it
@@ -102,12 +111,14 @@ class RewardSet:
         total, as theirs would be another sum than their siblings'. Where every term abstains there is no total either.
 
         `progress` is for weights with a schedule and for rewards that ask for `trainer_state`; without it both are as
-        at the end of training.
+        at the end of training. What was called `early` for these groups is not called again; it changes no value.
 
         Raises:
             RewardError: a reward over several completions returned the wrong number of values.
         """
         num_generations = _num_generations(groups)
+        if early is not None:
+            early.refuse_others(groups)
         outcomes: dict[str, list[Outcome]] = {}
         weights = {term.label: term.weight_at(progress) for term in self.terms}
         notes: dict[str, Notes] = {}
@@ -117,7 +128,8 @@ class RewardSet:
             gate = outcomes[term.only_if] if term.only_if is not None else None
             is_open = [gate is None or gate[row].value > 0 for row in range(len(groups) * num_generations)]
             notes[label] = Notes(len(is_open))
-            found = self._score_term(term, groups, is_open, notes[label].arguments(progress))
+            jobs = jobs_of(term, groups, is_open, notes[label].arguments(progress))
+            found = self._score_term(term, jobs, early)
             outcomes[label] = _behind_gate([_shaped(term, each) for each in found], is_open)
         totals = self._totals(outcomes, num_generations, weights)
         shape = (len(groups), num_generations)
@@ -132,15 +144,17 @@ class RewardSet:
         )
 
     def _score_term(
-        self, term: BoundTerm, groups: Sequence[Group], is_open: Sequence[bool], extras: Mapping[str, Any]
+        self, term: BoundTerm, jobs: Sequence[Job | list[Outcome]], early: EarlyCalls | None
     ) -> list[Outcome]:
-        jobs = _jobs(term, groups, is_open, extras)
-        calls = [job for job in jobs if isinstance(job, Job)]
+        calls = {number: job for number, job in enumerate(jobs) if isinstance(job, Job)}
         if (workers := self._workers_of(term)) is not None:
-            made = iter(workers.run(term, calls))
+            begun = early.of(term) if early is not None else None
+            made = (workers.begin(term) if begun is None else begun).finish(calls)
         else:
-            made = (call(term, job.arguments, num_completions=job.num_completions) for job in calls)
-        return [outcome for job in jobs for outcome in (next(made) if isinstance(job, Job) else job)]
+            made = {
+                number: call(term, job.arguments, num_completions=job.num_completions) for number, job in calls.items()
+            }
+        return [outcome for number, job in enumerate(jobs) for outcome in (made[number] if isinstance(job, Job) else job)]
 
     def _totals(
         self, outcomes: dict[str, list[Outcome]], num_generations: int, weights: Mapping[str, float]
@@ -205,60 +219,11 @@ def _num_generations(groups: Sequence[Group]) -> int:
     return sizes[0]
 
 
-def _jobs(
-    term: BoundTerm, groups: Sequence[Group], is_open: Sequence[bool], extras: Mapping[str, Any]
-) -> list[Job | list[Outcome]]:
-    """The calls to be made, and the outcomes where none is: behind a closed gate, or without a column."""
-    if term.reward.scope == "completions":
-        return [Job(_batch_arguments(term, groups, extras), len(is_open))]
-    if term.reward.scope == "group":
-        return [_job(term, "group", group, group.example, len(group.completions)) for group in groups]
-    rows = [(group.example, completion) for group in groups for completion in group.completions]
-    return [
-        _job(term, "completion", completion, example, 1) if row_is_open else [GATED]
-        for (example, completion), row_is_open in zip(rows, is_open, strict=True)
-    ]
-
-
-def _job(
-    term: BoundTerm, scope: str, scored: Completion | Group, example: Example, num_completions: int
-) -> Job | list[Outcome]:
-    missing = [name for name in term.reward.columns if name not in example.columns]
-    if missing:
-        return [Outcome(math.nan, "error", f'found no column "{missing[0]}"')] * num_completions
-    return Job({scope: scored, **{name: example.columns[name] for name in term.reward.columns}}, num_completions)
-
-
 def _behind_gate(outcomes: list[Outcome], is_open: Sequence[bool]) -> list[Outcome]:
     return [
         outcome if row_is_open or outcome.status in FAILURES else GATED
         for outcome, row_is_open in zip(outcomes, is_open, strict=True)
     ]
-
-
-def _batch_arguments(term: BoundTerm, groups: Sequence[Group], extras: Mapping[str, Any]) -> dict[str, Any]:
-    """What TRL's trainer passes: prompts, completions and their ids as lists with one entry per completion, and the
-    columns likewise. Chat prompts are lists of messages, and their completions then are, too."""
-    rows = [(group.example, completion) for group in groups for completion in group.completions]
-    shared = [name for name in rows[0][0].columns if all(name in example.columns for example, _ in rows)]
-    arguments: dict[str, Any] = {
-        **{name: [example.columns[name] for example, _ in rows] for name in shared if name not in _RESERVED},
-        "prompts": [_messages(example) for example, _ in rows],
-        "completions": [_answer(example, completion) for example, completion in rows],
-        "completion_ids": [list(completion.token_ids) for _, completion in rows],
-        **extras,
-    }
-    if term.reward.takes_all_columns:
-        return arguments
-    return {name: value for name, value in arguments.items() if name in term.reward.named}
-
-
-def _messages(example: Example) -> str | list[dict[str, Any]]:
-    return example.prompt if example.messages is None else [dict(message) for message in example.messages]
-
-
-def _answer(example: Example, completion: Completion) -> str | list[dict[str, Any]]:
-    return completion.text if example.messages is None else [{"role": "assistant", "content": completion.text}]
 
 
 def _by_group(values: Sequence[T], num_generations: int) -> tuple[tuple[T, ...], ...]:

@@ -9,7 +9,9 @@ import selectors
 import signal
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -92,21 +94,14 @@ class Workers:
         Raises:
             RewardError: the reward cannot be loaded, or returned the wrong number of values.
         """
-        crew = self._crew(term)
-        batch = _Batch(self, term, jobs)
-        try:
-            for index, worker in enumerate(crew):
-                rows = range(index, len(jobs), len(crew))
-                if rows:
-                    worker.give(jobs, rows, self.settings.timeout_seconds)
-            batch.wait(crew)
-        except BaseException:
-            self.close()  # somebody may still be busy with this batch
-            raise
-        finally:
-            for index, worker in enumerate(self._crews.get(term.label, [])):
-                self.keep_output(worker, f"reward {term.label}, worker {index}")
-        return [batch.outcomes[row] for row in range(len(jobs))]
+        outcomes = self.begin(term).finish(dict(enumerate(jobs)))
+        return [outcomes[row] for row in range(len(jobs))]
+
+    def begin(self, term: BoundTerm) -> "Calls":
+        """Calls of one term that need not all be known yet; those of one term before them are over or given up."""
+        if any(not worker.idle for worker in self._crew(term)):
+            self.close()
+        return Calls(self, term, self._crew(term))
 
     def keep_output(self, worker: WorkerProcess, title: str) -> str:
         """Move what a worker printed to the log."""
@@ -149,29 +144,80 @@ class Workers:
         self._inexact[f'reward "{term.label}" was stopped at its deadline'] = None
 
 
-class _Batch:
-    """The calls of one term over one step, while they are waited for."""
+class Calls:
+    """The calls of one term over one step, by a number of each. They go to the workers in turn, in the order of `add`.
 
-    def __init__(self, workers: Workers, term: BoundTerm, jobs: Sequence[Job]) -> None:
-        self.workers, self.term, self.jobs = workers, term, jobs
+    Nothing happens but in its methods, on the caller's thread. Any exception in them, an interruption too, ends all
+    workers.
+    """
+
+    def __init__(self, workers: Workers, term: BoundTerm, crew: Sequence[WorkerProcess]) -> None:
+        self.workers, self.term, self.crew = workers, term, crew
         self.seconds = workers.settings.timeout_seconds
+        self.jobs: dict[int, Job] = {}
+        self.waiting: list[list[int]] = [[] for _ in crew]
         self.outcomes: dict[int, list[Outcome]] = {}
         self.hangs = 0
+        self.given_up: set[int] = set()  # workers that hung too often
 
-    def wait(self, crew: Sequence[WorkerProcess]) -> None:
-        """Until every call has its outcome and every worker is idle."""
-        while busy := [worker for worker in crew if not worker.idle]:
-            with selectors.DefaultSelector() as selector:
-                for worker in busy:
-                    selector.register(worker.channel, selectors.EVENT_READ, worker)
-                soonest = min(worker.deadline for worker in busy) - time.monotonic()
-                spoke = [key.data for key, _ in selector.select(max(0.0, min(soonest, 0.5)))]
+    def add(self, number: int, job: Job) -> None:
+        """One call more, which a worker is given as soon as it is idle when `advance` or `finish` looks."""
+        self.waiting[len(self.jobs) % len(self.crew)].append(number)
+        self.jobs[number] = job
+
+    def advance(self) -> None:
+        """Give idle workers what waits for them, and hear what the others have done. Does not wait."""
+        with self._ending_all_at_an_error():
+            self._give()
+            if busy := self._busy():
+                self._hear_from(busy, 0.0)
+                self._give()
+
+    def finish(self, jobs: Mapping[int, Job]) -> dict[int, list[Outcome]]:
+        """The outcomes of these calls; those that were not added before are made now, the others not again."""
+        for number, job in jobs.items():
+            if number not in self.jobs:
+                self.add(number, job)
+        with self._ending_all_at_an_error():
+            self._give()
+            while busy := self._busy():
+                self._hear_from(busy, 0.5)
+                self._give()
+        for index, worker in enumerate(self.crew):
+            self.workers.keep_output(worker, f"reward {self.term.label}, worker {index}")
+        return self.outcomes
+
+    @contextmanager
+    def _ending_all_at_an_error(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            self.workers.close()  # somebody may still be busy with these calls
+            raise
+
+    def _busy(self) -> list[WorkerProcess]:
+        return [worker for worker in self.crew if not worker.idle]
+
+    def _give(self) -> None:
+        for index, (worker, numbers) in enumerate(zip(self.crew, self.waiting, strict=True)):
+            if index in self.given_up:
+                self._not_called(numbers)
+            elif numbers and worker.idle:
+                worker.give(self.jobs, numbers, self.seconds)
+                numbers.clear()
+
+    def _hear_from(self, busy: Sequence[WorkerProcess], seconds: float) -> None:
+        with selectors.DefaultSelector() as selector:
             for worker in busy:
-                worker.trim()
-                if worker in spoke:
-                    self._hear(worker)
-                elif time.monotonic() > worker.deadline:
-                    self._too_late(worker)
+                selector.register(worker.channel, selectors.EVENT_READ, worker)
+            soonest = min(worker.deadline for worker in busy) - time.monotonic()
+            spoke = [key.data for key, _ in selector.select(max(0.0, min(soonest, seconds)))]
+        for worker in busy:
+            worker.trim()
+            if worker in spoke:
+                self._hear(worker)
+            elif time.monotonic() > worker.deadline:
+                self._too_late(worker)
 
     def _hear(self, worker: WorkerProcess) -> None:
         messages = worker.read()
@@ -236,12 +282,17 @@ class _Batch:
         if worker.owed:
             self._fail(worker.owed.popleft(), status, reason)
         if self.hangs >= HANGS:
-            while worker.owed:
-                self._fail(worker.owed.popleft(), "timeout", f"was not called: {HANGS} calls in a row took too long")
+            self.given_up.add(self.crew.index(worker))
+            self._not_called(worker.owed)
         worker.restart(self.workers.state_of(self.term))
         worker.idle = not worker.owed
         if worker.owed:
             worker.give(self.jobs, list(worker.owed), self.seconds)
+
+    def _not_called(self, numbers: deque[int] | list[int]) -> None:
+        for number in numbers:
+            self._fail(number, "timeout", f"was not called: {HANGS} calls in a row took too long")
+        numbers.clear()
 
     def _fail(self, row: int, status: str, reason: str) -> None:
         self.outcomes[row] = [Outcome(math.nan, status, reason)] * self.jobs[row].num_completions

@@ -51,6 +51,11 @@ def run_grpo(context: Context, plan: GrpoPlan) -> None:
     moving = reference if stage.algorithm.reference_refresh is not None else None
     start = resume(context, plan.name, policy, learner, moving_reference=moving, rewards=plan.rewards)
     say_notes(context, plan.name, start, plan.rewards)
+    if stage.score_while_sampling:
+        early = ", ".join(term.label for term in plan.rewards.early_terms)
+        context.sinks.event(
+            plan.name, start, "info", f"called while sampling goes on: {early}; other rewards after it", {}
+        )
 
     if start == 0:
         say_what_learns(context, plan.name, policy)

@@ -34,6 +34,8 @@ class GrpoStage(StageBase):
     """The most seconds of one call of such a reward, whatever it scores; its process is then killed and replaced."""
     reward_memory_gib: Annotated[float, Field(gt=0)] | None = None
     """Memory that such a process may take for itself; null = no limit but the machine's."""
+    score_while_sampling: bool = False
+    """Call such a reward as soon as the answer (or group) that it scores has ended, while others are still being sampled."""
     reward_control: Literal["random", "shuffled"] | None = None
     """Learn from totals that say nothing: drawn at random, or the real ones shuffled over the step; null = the real ones."""
 
@@ -69,6 +71,10 @@ class GrpoStage(StageBase):
             problems.append(
                 "sampling.top_p, top_k and min_p change the sampled distribution, so the ratio would be biased; "
                 "turn them off or set algorithm.sampler_correction: truncate"
+            )
+        if self.score_while_sampling and self.sampling.backend not in ("auto", "native"):
+            problems.append(
+                f'score_while_sampling: sampling.backend "{self.sampling.backend}" tells of no answer early; set native'
             )
         if problems:
             raise ValueError("\n".join(problems))
