@@ -55,7 +55,7 @@ stages:
     kind: grpo
     data: {source: task, path: addition, prompt: prompt, answer: {column: answer}, options: {digits: 1, size: 10}}
     sampling: {num_generations: 4, max_completion_length: 6}
-    rewards: [{name: variety}, {name: accuracy}]
+    rewards: [{name: variety}, {name: accuracy}, {name: ending, weight: 0.3}, {name: differing}]
     algorithm: {beta: 0.04, num_iterations: 2, num_minibatches: 2}
     prompts_per_step: 4
     micro_batch_size: 5
@@ -90,6 +90,17 @@ class Variety:
         self.calls = state["calls"]
 
 variety = reward(Variety())
+
+@reward
+def ending(completion):
+    "One answer at a time, so that it can be called while others are sampled; it fails on some."
+    if sum(completion.token_ids) % 16 == 0:
+        raise ValueError("sixteen")
+    return (sum(completion.token_ids) % 5) / 5
+
+@reward
+def differing(group):
+    return [len({each.token_ids for each in group.completions}) / 4] * len(group.completions)
 """
 STEPS = {"warm_start": 3, "grpo": 12}
 NOT_COMPARED = {"timing.jsonl", "events.jsonl", "run.json", "recipe.yaml", "resolved.yaml", ".lock"}
@@ -244,6 +255,19 @@ def test_a_users_reward_gives_the_same_run_in_its_own_process_and_in_this_one(wo
     assert [row["extra"]["place"] for row in rows] == list(
         range(9, 25)
     )  # after the eight held-out answers before step 1
+
+
+def test_rewards_called_while_sampling_goes_on_give_the_same_run_also_after_a_stop_and_kill_9(world):
+    early = "stages.grpo.score_while_sampling=true"
+    stop = before("write", "grpo/timing.jsonl", terminate, number=3)
+    assert world.train_forked("name=early", early, meanwhile=stop) == 75
+    lost = before("write", "grpo/metrics.jsonl", kill, number=4)
+    assert world.train_forked("name=early", early, meanwhile=lost) == -signal.SIGKILL
+    assert_same_run(world.train("name=early", early), world.whole)
+    statuses = [
+        set(row["status"].values()) for row in read_jsonl(world.whole / "grpo" / "rollouts" / "step-000001.jsonl")
+    ]
+    assert {"ok"} in statuses
 
 
 def test_stopped_in_every_step_each_checkpoint_and_the_end_are_the_uninterrupted_ones(world):

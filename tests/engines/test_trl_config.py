@@ -165,6 +165,7 @@ IMPOSSIBLE: dict[str, list[dict[str, Any]]] = {
             "algorithm.advantage_scale": "centred",
         }
     ],
+    "score_while_sampling": [{"score_while_sampling": True}],
     "sampling.max_rows": [{"sampling.max_rows": 8}],
     "algorithm.advantage_baseline": [
         {"algorithm.advantage_baseline": "leave_one_out", "algorithm.advantage_scale": "none"},

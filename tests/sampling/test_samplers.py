@@ -12,6 +12,7 @@ from grpo_lab.attention.probe import why_plain
 from grpo_lab.batching import pad
 from grpo_lab.policy.forward import completion_logps
 from grpo_lab.sampling import Decoding, HfSampler, NativeSampler, Sampler, make_sampler
+from grpo_lab.sampling.decoding import TellingSampler
 
 FAMILIES = {
     "llama": {},
@@ -203,6 +204,26 @@ def test_a_group_larger_than_max_rows_is_decoded_in_parts(tiny_policy, make_exam
     assert max(rows) == max_rows
     assert [len(group.completions) for group in groups] == [5, 5, 5]
     assert len({c.token_ids for c in completions(groups)}) == 15
+
+
+@pytest.mark.parametrize("max_rows", [None, 5, 3])
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_each_answer_is_told_once_as_it_ends(make_policy, make_examples, family, max_rows):
+    """With shared prompts and with a copy in every row; also of the answers that the length limit ends."""
+    policy = ending_often(make_policy(**FAMILIES[family]))
+    assert (why_plain(policy.model) is None) == (family == "llama")
+    sampler = NativeSampler(policy, Decoding(8, max_rows=max_rows))
+    told = []
+    groups = sampler.sample_telling(make_examples(), told.append, num_generations=4, seed=0)
+    assert isinstance(sampler, TellingSampler)
+    assert groups == sampler.sample(make_examples(), num_generations=4, seed=0)
+    rows = completions(groups)
+    assert sorted(row for ended in told for row in ended) == list(range(12))
+    assert all(rows[row] is completion for ended in told for row, completion in ended.items())
+    if max_rows is None:  # then all rows are as far as each other, and an answer of t tokens ends with the t-th
+        assert len(told) == max(len(each.token_ids) for each in rows) == 8
+        assert all(len(each.token_ids) == t for t, ended in enumerate(told, 1) for each in ended.values())
+    assert len({each.finished for each in rows}) == 2
 
 
 @either
