@@ -276,8 +276,8 @@ class Builder:
         if stage.score_while_sampling and not rewards.early_terms:
             self.found.add(
                 (*loc, "score_while_sampling"),
-                "no reward here can be called early: it takes one of your own (a plugin's, a package's, a dotted path's) over "
-                "completion or group, not an object, and over completion without only_if; leave it out",
+                "no reward here can be called early: it takes code, judge or one of your own (a plugin's, a package's, a dotted "
+                "path's), a function over completion without only_if, or over group; leave it out",
             )
             return None
         return GrpoPlan(name, stage, stream, rewards, held_out, bind(terms, self.registry, workers), workers)

@@ -17,7 +17,7 @@ def _permitted(*, allow_code_execution: bool, minimum_isolation: Isolation, **_:
     return f"runs programs that the model wrote; their isolation: {isolation()[0]}"
 
 
-@reward(range=(0.0, 1.0))
+@reward(range=(0.0, 1.0), waits=True)
 @checked_by(_permitted)
 def code(
     group: Group,

@@ -64,7 +64,7 @@ def _checked_name(name: str | None) -> str | None:
     return name
 
 
-@reward
+@reward(waits=True)
 def judge(
     group: Group,
     *,

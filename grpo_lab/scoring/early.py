@@ -1,21 +1,22 @@
-"""Scoring while sampling goes on: calls of users' rewards that begin as soon as the answers they need have ended."""
+"""Scoring while sampling goes on: calls of rewards in other processes that begin as soon as the answers they need have ended."""
 
 from collections.abc import Mapping, Sequence
 
 from grpo_lab.scoring.calls import Job, Outcome
 from grpo_lab.scoring.jobs import job_of
 from grpo_lab.scoring.terms import BoundTerm
-from grpo_lab.scoring.workers import Calls
+from grpo_lab.scoring.workers import Calls, is_users
 from grpo_lab.types import Completion, Example, Group
 
 
 def may_begin_early(term: BoundTerm) -> bool:
-    """Whether a user's reward can be called before all answers of a step are there, with the values it has anyway.
+    """Whether a reward is worth calling before all answers of a step are there, and has then the values it has anyway.
 
-    Not one that takes whole steps, whose gate may turn out closed, or that may remember its calls: answers end in another
-    order than they stand in.
+    Worth it are those that leave the trainer's process alone: users' ones, and of ours those that wait for others. Not
+    called early is what takes whole steps, whose gate may turn out closed, or that may remember its calls: answers end
+    in another order than they stand in.
     """
-    if term.reward.may_keep_state or term.reward.scope == "completions":
+    if not (is_users(term) or term.reward.waits) or term.reward.may_keep_state or term.reward.scope == "completions":
         return False
     return term.reward.scope == "group" or term.only_if is None
 

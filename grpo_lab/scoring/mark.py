@@ -41,8 +41,17 @@ _CHECK = "grpo_lab_check"
 @overload
 def reward(function: Function) -> Function: ...
 @overload
-def reward(*, range: tuple[float | int, float | int]) -> Callable[[Function], Function]: ...
-def reward(function: Any = None, *, range: tuple[float | int, float | int] | None = None) -> Any:  # noqa: A002 - reads well as a mark
+def reward(
+    *,
+    range: tuple[float | int, float | int] | None = None,  # noqa: A002 - reads well as a mark
+    waits: bool = False,
+) -> Callable[[Function], Function]: ...
+def reward(
+    function: Any = None,
+    *,
+    range: tuple[float | int, float | int] | None = None,  # noqa: A002
+    waits: bool = False,
+) -> Any:
     """Mark a function as a reward, so that it is found in its file under its own name.
 
     `@reward(range=(0, 1))` also says which values it can return (infinite ends are allowed): `validate` then knows the
@@ -54,16 +63,22 @@ def reward(function: Any = None, *, range: tuple[float | int, float | int] | Non
     keyword-only parameter without default is a column of the data set, one with a default is an option of the recipe,
     checked against its annotation. In the batched scope every other name is a column.
 
+    `waits=True` is for what comes with grpo-lab and waits for others, a server or programs: `score_while_sampling` may then
+    call it in a process of its own, where a user's reward always is.
+
     It returns a finite number, or None for "does not apply to this example" (a list of them for more than one
     completion). Exceptions, nan and wrong types are failures, which are counted and never scored as 0.
     """
     if function is None:
-        return partial(reward, range=range)
+        return partial(reward, range=range, waits=waits)
     if inspect.isclass(function):
         raise TypeError(f"mark an object, not its class: {function.__name__.lower()} = reward({function.__name__}())")
     if range is not None and not range[0] < range[1]:
         raise ValueError(f"range should be (lowest, highest), got {range}")
-    function.__dict__[_MARK] = {"range": None if range is None else (float(range[0]), float(range[1]))}
+    function.__dict__[_MARK] = {
+        "range": None if range is None else (float(range[0]), float(range[1])),
+        "waits": waits,
+    }
     return function
 
 
@@ -143,6 +158,7 @@ class Reward:
     takes_all_columns: bool = False
     check: Callable[..., str] | None = field(default=None, repr=False)
     range: tuple[float, float] | None = None
+    waits: bool = False
     version: str = ""
 
     @property
@@ -211,6 +227,7 @@ def read_reward(function: Any, *, name: str, source: str, version: str | None = 
         check=vars(function).get(_CHECK) if inspect.isfunction(function) else None,
         takes_all_columns=batched and any(each.kind is Parameter.VAR_KEYWORD for each in parameters.values()),
         range=getattr(function, "__dict__", {}).get(_MARK, {}).get("range"),
+        waits=getattr(function, "__dict__", {}).get(_MARK, {}).get("waits", False),
         version=version or digest[:12],
     )
 

@@ -21,7 +21,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-from grpo_lab.errors import RecipeError, RewardError
+from grpo_lab.errors import RecipeError, RewardError, SetupError
 from grpo_lab.scoring.calls import call
 from grpo_lab.scoring.mark import Reward, Stateful, plain_state
 from grpo_lab.scoring.notes import notes_of
@@ -142,6 +142,9 @@ def _serve(channel: socket.socket) -> None:
                 return
             except RewardError as error:
                 answer(channel, {"broken": str(error)})
+                continue
+            except SetupError as error:
+                answer(channel, {"unable": str(error)})
                 continue
             if os.getpid() != pid:
                 os._exit(1)  # the reward forked and its child came back here

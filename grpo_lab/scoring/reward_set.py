@@ -93,7 +93,7 @@ class RewardSet:
     @property
     def early_terms(self) -> tuple[BoundTerm, ...]:
         """The terms that can be called before all answers of a step are there."""
-        return tuple(term for term in self.terms if self._workers_of(term) is not None and may_begin_early(term))
+        return () if self.workers is None else tuple(term for term in self.terms if may_begin_early(term))
 
     def early(self, examples: Sequence[Example], num_generations: int) -> EarlyCalls:
         """Calls for answers that are still being sampled: what a sampler tells of each, and `score` is given after it."""
@@ -147,14 +147,17 @@ class RewardSet:
         self, term: BoundTerm, jobs: Sequence[Job | list[Outcome]], early: EarlyCalls | None
     ) -> list[Outcome]:
         calls = {number: job for number, job in enumerate(jobs) if isinstance(job, Job)}
-        if (workers := self._workers_of(term)) is not None:
-            begun = early.of(term) if early is not None else None
-            made = (workers.begin(term) if begun is None else begun).finish(calls)
+        if early is not None and (begun := early.of(term)) is not None:
+            made = begun.finish(calls)
+        elif (workers := self._workers_of(term)) is not None:
+            made = workers.begin(term).finish(calls)
         else:
             made = {
                 number: call(term, job.arguments, num_completions=job.num_completions) for number, job in calls.items()
             }
-        return [outcome for number, job in enumerate(jobs) for outcome in (made[number] if isinstance(job, Job) else job)]
+        return [
+            outcome for number, job in enumerate(jobs) for outcome in (made[number] if isinstance(job, Job) else job)
+        ]
 
     def _totals(
         self, outcomes: dict[str, list[Outcome]], num_generations: int, weights: Mapping[str, float]

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from grpo_lab.bundled import rewards_folder
-from grpo_lab.errors import RewardError
+from grpo_lab.errors import RewardError, SetupError
 from grpo_lab.scoring.calls import Job, Outcome
 from grpo_lab.scoring.notes import notes_of
 from grpo_lab.scoring.nursery import Order
@@ -114,11 +114,12 @@ class Workers:
 
     def _crew(self, term: BoundTerm) -> list[WorkerProcess]:
         if term.label not in self._crews:
-            reward, gib = term.reward, self.settings.memory_gib
+            reward, users = term.reward, is_users(term)
+            gib = self.settings.memory_gib if users else None
             order = Order(
                 name=reward.name,
                 label=term.label,
-                plugin=str(Path(reward.source).resolve()) if Path(reward.source).is_file() else None,
+                plugin=str(Path(reward.source).resolve()) if users and Path(reward.source).is_file() else None,
                 sha256=reward.sha256,
                 options=dict(term.options or {}),
                 sys_path=list(sys.path),
@@ -153,7 +154,8 @@ class Calls:
 
     def __init__(self, workers: Workers, term: BoundTerm, crew: Sequence[WorkerProcess]) -> None:
         self.workers, self.term, self.crew = workers, term, crew
-        self.seconds = workers.settings.timeout_seconds
+        # what comes with grpo-lab keeps its own time limits
+        self.seconds = workers.settings.timeout_seconds if is_users(term) else math.inf
         self.jobs: dict[int, Job] = {}
         self.waiting: list[list[int]] = [[] for _ in crew]
         self.outcomes: dict[int, list[Outcome]] = {}
@@ -251,6 +253,8 @@ class Calls:
                 return
             elif "broken" in message:
                 raise RewardError(message["broken"])
+            elif "unable" in message:
+                raise SetupError(message["unable"])
             elif "refused" in message:
                 raise RewardError(f'reward "{self.term.label}" cannot be loaded in its worker: {message["refused"]}')
             else:

@@ -1,18 +1,22 @@
 """Scoring while sampling goes on: the same scores as after it, every fault contained, nothing left behind."""
 
+import json
 import time
 from collections.abc import Iterator
+from contextlib import closing
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import StringIO
 from itertools import chain
 from pathlib import Path
 from random import Random
 from textwrap import dedent
+from threading import Thread
 
 import pytest
 from rich.console import Console
 
 from grpo_lab.assemble import assemble
-from grpo_lab.errors import RecipeError, RewardError
+from grpo_lab.errors import RecipeError, RewardError, SetupError
 from grpo_lab.pipeline import train_recipe
 from grpo_lab.recipe import load
 from grpo_lab.recipe.schema import RewardTerm
@@ -229,6 +233,57 @@ def test_calls_that_nobody_waits_for_end_with_the_workers_or_with_the_next_step(
     running = left()
     assert found.score(groups(*"abcd")).total.tolist() == [[1.0] * 4]
     assert gone(running)
+
+
+def test_a_machine_that_lacks_something_is_said_as_it_is_in_the_trainer(rewards):
+    found = rewards("""
+    from grpo_lab.errors import SetupError
+
+    @reward
+    def fault(completion):
+        raise SetupError("pip install something")
+    """)
+    with pytest.raises(SetupError, match="pip install something"):
+        told(found, groups(*EIGHT), [0])
+
+
+class Judge(BaseHTTPRequestHandler):
+    """A server that finds longer questions better."""
+
+    def do_POST(self) -> None:
+        asked = self.rfile.read(int(self.headers["Content-Length"]))
+        reply = json.dumps({"choices": [{"message": {"content": f"Score: {len(asked) % 10}"}}]}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(reply)))
+        self.end_headers()
+        self.wfile.write(reply)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_code_and_judge_are_called_early_too_in_a_process_without_the_deadline_of_users_rewards():
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Judge)
+    Thread(target=server.serve_forever, daemon=True).start()
+    terms = [
+        RewardTerm(name="code", options={"allow_code_execution": True, "minimum_isolation": "none"}),
+        RewardTerm(name="judge", options={"url": f"http://127.0.0.1:{server.server_port}/v1", "model": "m"}),
+        RewardTerm(name="length", options={"target": 2}),
+    ]
+    texts = ["def f(x): return 2 * x", "def f(x): return x", "def f(x): return x + x", "1 / 0"]
+    columns = {"test": "def check(c):\n    assert c(3) == 6", "entry_point": "f"}
+    batch = [
+        Group(Example(f"e{i}", "", (1,), columns), tuple(Completion(text, (1, 2), True) for text in texts[i : i + 2]))
+        for i in (0, 2)
+    ]
+    with Workers(Settings(timeout_seconds=0.01, memory_gib=0.001)) as workers, closing(server.socket):
+        found = bind(terms, discover([]), workers)
+        assert [term.label for term in found.early_terms] == ["code", "judge"]
+        scores = found.score(batch, early=told(found, batch, [3, 0, 1, 2]))
+        assert_same(scores, found.score(batch))
+        server.shutdown()
+    assert scores.terms["code"].tolist() == [[1.0, 0.0], [1.0, 0.0]]
+    assert len(set(scores.terms["judge"].flatten().tolist())) > 1
 
 
 RECIPE = """

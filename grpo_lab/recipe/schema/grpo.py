@@ -35,7 +35,8 @@ class GrpoStage(StageBase):
     reward_memory_gib: Annotated[float, Field(gt=0)] | None = None
     """Memory that such a process may take for itself; null = no limit but the machine's."""
     score_while_sampling: bool = False
-    """Call such a reward as soon as the answer (or group) that it scores has ended, while others are still being sampled."""
+    """Call such rewards, code and judge in their processes as soon as the answer or group they score has ended, while others
+    are still being sampled; not one over completions, an object, or one over completion with only_if."""
     reward_control: Literal["random", "shuffled"] | None = None
     """Learn from totals that say nothing: drawn at random, or the real ones shuffled over the step; null = the real ones."""
 
