@@ -43,6 +43,7 @@ def test_keyword_only_without_default_is_a_column_and_with_default_an_option():
         },
         "columns": ["answer"],
         "doc": "Near enough.",
+        "manual": "Near enough.\n\nMore words. How far `tolerance` may be. And others.",
         "range": None,
         "state": "none",
         "source": "x.py",
