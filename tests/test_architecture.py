@@ -86,7 +86,7 @@ def test_imports_go_down_and_never_sideways():
     assert violations({path: text for path, text in sources().items() if path != "__init__.py"}) == []
 
 
-def test_trl_is_imported_in_two_files_and_only_the_probe_goes_inside():
+def test_trl_is_imported_by_its_engines_and_only_the_probes_go_inside():
     """The engine keeps to what TRL's package offers; no file of it takes a private attribute of something else's."""
     files = {path: text for path, text in sources().items() if path != "__init__.py"}
     found = {
@@ -95,8 +95,14 @@ def test_trl_is_imported_in_two_files_and_only_the_probe_goes_inside():
     assert {path: names for path, names in found.items() if names} == {
         "engines/trl.py": {"trl"},
         "engines/trl_probe.py": {"trl", "trl.trainer"},
+        "engines/trl_sft.py": {"trl"},
+        "engines/trl_sft_probe.py": {"trl"},
     }
-    for path in ("engines/trl.py", "engines/trl_rollouts.py", "stages/grpo_trl.py"):
+    for path in (
+        *(f"engines/trl{part}.py" for part in ("", "_rollouts", "_sft")),
+        "stages/grpo_trl.py",
+        "stages/sft_trl.py",
+    ):
         attributes = [node for node in ast.walk(ast.parse(files[path])) if isinstance(node, ast.Attribute)]
         others = [node.attr for node in attributes if ast.unparse(node.value) != "self"]
         private = [name for name in others if name.startswith("_") and not name.startswith("__")]
