@@ -11,7 +11,7 @@ from grpo_lab.recipe.schema.grpo import GrpoStage
 from grpo_lab.recipe.schema.model import Lora, Model, Quantization, StageModel, TokenizerBuild
 from grpo_lab.recipe.schema.recipe import Recipe, Stage, Tracking, Wandb
 from grpo_lab.recipe.schema.rewards import RewardTerm, WeightSchedule
-from grpo_lab.recipe.schema.sampling import Sampling
+from grpo_lab.recipe.schema.sampling import Sampling, Vllm
 from grpo_lab.recipe.schema.sft import SftStage
 from grpo_lab.recipe.schema.stage import Checkpoint, Evaluation, Optimizer, StageBase
 
@@ -38,6 +38,7 @@ __all__ = [
     "StageModel",
     "TokenizerBuild",
     "Tracking",
+    "Vllm",
     "Wandb",
     "WeightSchedule",
 ]

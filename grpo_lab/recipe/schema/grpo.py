@@ -1,6 +1,6 @@
 """The GRPO stage."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -45,6 +45,17 @@ class GrpoStage(StageBase):
         if buffer == 0 or any(term.key == "overlong" for term in self.rewards):
             return self.rewards
         return [*self.rewards, RewardTerm(name="overlong", options={"max_length": length, "buffer": buffer})]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _correct_what_vllm_samples(cls, values: Any) -> Any:
+        """Other kernels are not quite the policy: unless the recipe says otherwise, tokens are weighted for it."""
+        if not isinstance(values, dict) or not isinstance(values.get("sampling"), dict):
+            return values
+        algorithm = values.get("algorithm", {})
+        if values["sampling"].get("backend") not in ("vllm", "vllm-server") or not isinstance(algorithm, dict):
+            return values
+        return {**values, "algorithm": {"sampler_correction": "truncate", **algorithm}}
 
     @model_validator(mode="after")
     def _sizes_and_terms(self) -> "GrpoStage":
