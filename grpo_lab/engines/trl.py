@@ -23,6 +23,7 @@ from trl import GRPOConfig, GRPOTrainer  # noqa: E402
 from grpo_lab.engines.learner import MAX_SKIPPED_IN_A_ROW, learning_rate, make_optimizer  # noqa: E402
 from grpo_lab.engines.trl_config import arguments, require_trl, sizes  # noqa: E402
 from grpo_lab.engines.trl_rollouts import Rollouts, TrlParts  # noqa: E402
+from grpo_lab.engines.trl_vllm import beside_vllm  # noqa: E402
 from grpo_lab.errors import NumericError, SetupError  # noqa: E402
 from grpo_lab.recipe.schema import Model, Optimizer  # noqa: E402
 from grpo_lab.tracking.metrics import step_metrics  # noqa: E402
@@ -47,7 +48,7 @@ def train(
         output: where TRL puts its checkpoints.
         callbacks: further ones of transformers' Trainer; they run after a step was reported.
     """
-    with plain_generation(parts.policy), warnings.catch_warnings():
+    with plain_generation(parts.policy), beside_vllm(parts.stage), warnings.catch_warnings():
         # transformers' new names for arguments that TRL still reads by the old ones; rollout_func's experimental status
         warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*deprecated", category=FutureWarning)
         warnings.filterwarnings("ignore", message=".*rollout_func.*experimental")
@@ -234,4 +235,5 @@ def statistics(logs: list[dict[str, float]], skipped: int) -> UpdateStats:
         clip_low=mean("clip_ratio/low_mean"),
         clip_high=mean("clip_ratio/high_mean"),
         skipped=skipped,
+        sampler_gap=mean("sampling/sampling_logp_difference/mean"),
     )

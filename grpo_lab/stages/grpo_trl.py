@@ -19,6 +19,7 @@ from grpo_lab.stages.advice import Advice
 from grpo_lab.stages.grpo import measure_policy
 from grpo_lab.stages.plan import GrpoPlan
 from grpo_lab.stages.running import Context, admitting, evaluating, finish, reporting, say_notes, say_what_learns
+from grpo_lab.stages.sampler import refusing_stale
 from grpo_lab.tracking.files import disk_errors, read_json, write_json
 from grpo_lab.tracking.folders import MANIFEST, is_complete, seal_folder, verify_folder
 
@@ -50,7 +51,9 @@ def run_grpo_trl(context: Context, plan: GrpoPlan) -> None:
         policy=policy,
         reference=reference(context, plan, resumed),
         prompts=plan.prompts,
-        sampler=None if backend == "auto" else make_sampler(backend, policy, Decoding.of(stage.sampling)),
+        sampler=None
+        if backend in ("auto", "vllm", "vllm-server")
+        else make_sampler(backend, policy, Decoding.of(stage.sampling)),
         rewards=plan.rewards,
         folder=context.folder.path,
     )
@@ -61,6 +64,7 @@ def run_grpo_trl(context: Context, plan: GrpoPlan) -> None:
         resume_from=resumed.path if resumed else None,
         report=reporting(
             context.sinks.step,
+            refusing_stale(stage.sampling),
             Advice(context.sinks),
             evaluating(stage.evaluation, measure),
             admitting(context, plan.rewards),
