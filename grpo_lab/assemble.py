@@ -25,7 +25,6 @@ from grpo_lab.errors import RecipeError
 from grpo_lab.policy.load import context_length, eos_ids, generation_config, load_tokenizer, model_config
 from grpo_lab.recipe import LoadedRecipe, Recipe, SourceMap
 from grpo_lab.recipe.schema import Data, GrpoStage, RewardTerm, SftStage, TokenizerBuild
-from grpo_lab.sampling.vllm_needs import require_vllm
 from grpo_lab.scoring import Registry, Settings, Workers, bind, discover, problems
 from grpo_lab.seeds import derive_seed
 from grpo_lab.stages.plan import GrpoPlan, SftPlan
@@ -190,7 +189,6 @@ class Builder:
         return rows
 
     def _grpo(self, name: str, stage: GrpoStage, loc: Loc) -> GrpoPlan | None:
-        require_vllm(stage, self.recipe.model_of(stage))
         if stage.engine == "trl":
             require_trl()
             for key, problem in unsupported(stage, self.recipe.model_of(stage)):

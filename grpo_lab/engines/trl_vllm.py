@@ -81,7 +81,7 @@ def beside_vllm(stage: GrpoStage) -> Iterator[None]:
     settings["VLLM_LOGGING_LEVEL"] = os.environ.get("VLLM_LOGGING_LEVEL", "ERROR")
     if not torch.cuda.is_available():
         settings["VLLM_CPU_KVCACHE_SPACE"] = str(math.ceil(stage.sampling.vllm.cache_gib))
-        settings["VLLM_USE_AOT_COMPILE"] = "0"  # it would compile whatever torch is told
+        settings["TORCH_COMPILE_DISABLE"] = "1"  # TRL cannot ask for an engine that compiles nothing
     with undisturbed(**settings):
         keep_weights_loadable()
         yield

@@ -1,5 +1,6 @@
 """How a sampler that keeps weights of its own is sent the policy's."""
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,3 +42,8 @@ def version_name(version: int) -> str:
     'policy-000012'
     """
     return f"policy-{version:06d}"
+
+
+def is_version_name(name: str) -> bool:
+    """Whether `version_name` made this."""
+    return re.fullmatch(r"policy-\d{6,}", name) is not None

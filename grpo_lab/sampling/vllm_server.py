@@ -7,14 +7,15 @@ import json
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPException
+from pathlib import Path
 from typing import Any, TypeVar
 from urllib.error import HTTPError
-from urllib.request import Request, urlopen
+from urllib.request import ProxyHandler, Request, build_opener
 
 from grpo_lab.errors import SetupError, StaleWeightsError
 from grpo_lab.recipe.schema import Vllm
 from grpo_lab.sampling.decoding import Decoding
-from grpo_lab.sampling.transfer import Transfer, version_name
+from grpo_lab.sampling.transfer import Transfer, is_version_name, version_name
 from grpo_lab.seeds import derive_seed
 from grpo_lab.types import Completion, Example, Group, Policy
 
@@ -25,6 +26,7 @@ START = (
     "VLLM_SERVER_DEV_MODE=1 VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 python -m vllm.entrypoints.openai.api_server --host "
     "127.0.0.1 --model MODEL --dtype {dtype} --generation-config vllm --logprobs-mode processed_logprobs {rest}"
 )
+DIRECTLY = build_opener(ProxyHandler({}))  # the machine's proxy is for other things
 MAX_REQUESTS = 64  # answered at the same time by each server
 
 
@@ -52,7 +54,7 @@ class Server:
     def _ask(self, request: Request) -> Any:
         """Raises SetupError: the server cannot be reached, or refuses."""
         try:
-            with urlopen(request, timeout=self.timeout_seconds) as answer:
+            with DIRECTLY.open(request, timeout=self.timeout_seconds) as answer:
                 text = answer.read().decode()
         except HTTPError as error:
             said = error.read().decode(errors="replace").strip().partition("\n")[0][:300]
@@ -80,7 +82,7 @@ class VllmServerSampler:
         self.servers = [Server(url, timeout_seconds=settings.timeout_seconds) for url in settings.urls]
         self._has_adapter = transfer.lora_rank is not None
         self._models = [self._checked(server) for server in self.servers]
-        self._sent: int | None = None
+        self._sent: Path | None = None
         self._send(policy)
 
     def sync(self, policy: Policy) -> None:
@@ -111,8 +113,8 @@ class VllmServerSampler:
 
     def close(self) -> None:
         """Take the adapter off the servers; they themselves go on running."""
-        if self._has_adapter and self._sent is not None:
-            self._everywhere(lambda server: self._unload(server, self._sent))
+        if self._has_adapter:
+            self._everywhere(self._unload)
 
     def _checked(self, server: Server) -> str:
         """The name of the model that a server has.
@@ -140,41 +142,42 @@ class VllmServerSampler:
         """Write the weights where the servers see them, have each take them, and drop the ones before."""
         folder = self.transfer.folder / version_name(self.version)
         self.transfer.write(policy, folder)
-        before = self._sent
 
         def take(server: Server) -> None:
             if self._has_adapter:
+                self._unload(server)  # also what an earlier start of the run has left
                 server.post("/v1/load_lora_adapter", {"lora_name": folder.name, "lora_path": str(folder)})
             else:
                 server.call("load_policy_weights", path=str(folder / WEIGHTS), version=str(self.version))
                 server.post("/reset_prefix_cache", {})
             self._check_version(server)
-            if self._has_adapter and before is not None:
-                self._unload(server, before)
 
         self._everywhere(take)
-        self._sent = self.version
-        if before is not None:
-            self.transfer.drop(self.transfer.folder / version_name(before))
+        if self._sent is not None:
+            self.transfer.drop(self._sent)
+        self._sent = folder
 
     def _check_version(self, server: Server) -> None:
         if self._has_adapter:
-            wanted = version_name(self.version)
-            held = [model["id"] for model in server.get("/v1/models")["data"]]
-            fine = wanted in held
+            held, wanted = adapters(server), version_name(self.version)
         else:
-            wanted, held = str(self.version), server.call("policy_weights_version")
-            fine = set(held) == {wanted}
-        if not fine:
+            held, wanted = server.call("policy_weights_version"), str(self.version)
+        if set(held) != {wanted}:
             raise StaleWeightsError(f"{server.url}: the vLLM server holds {', '.join(held)}, expected {wanted}")
 
-    def _unload(self, server: Server, version: int | None) -> None:
-        assert version is not None
-        server.post("/v1/unload_lora_adapter", {"lora_name": version_name(version)})
+    def _unload(self, server: Server) -> None:
+        for name in adapters(server):
+            server.post("/v1/unload_lora_adapter", {"lora_name": name})
 
     def _everywhere(self, work: Callable[[Server], T]) -> list[T]:
         with ThreadPoolExecutor(len(self.servers)) as pool:
             return list(pool.map(work, self.servers))
+
+
+def adapters(server: Server) -> list[str]:
+    """The names of the adapters on a server that a trainer has put there."""
+    names = [model["id"] for model in server.get("/v1/models")["data"]]
+    return [name for name in names if is_version_name(name)]
 
 
 def request_body(

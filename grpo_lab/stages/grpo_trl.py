@@ -13,6 +13,7 @@ from grpo_lab.engines.trl_config import sizes
 from grpo_lab.engines.trl_rollouts import TrlParts
 from grpo_lab.errors import CheckpointError
 from grpo_lab.policy.load import load_policy
+from grpo_lab.recipe.schema.sampling import OWN_WEIGHTS
 from grpo_lab.sampling import make_sampler
 from grpo_lab.sampling.decoding import Decoding
 from grpo_lab.stages.advice import Advice
@@ -23,6 +24,10 @@ from grpo_lab.stages.sampler import refusing_stale
 from grpo_lab.tracking.files import disk_errors, read_json, write_json
 from grpo_lab.tracking.folders import MANIFEST, is_complete, seal_folder, verify_folder
 
+SERVED_IN_BFLOAT16 = (
+    "TRL gives vLLM no dtype, which then serves this float32 model in bfloat16 (or float16): the policy that samples is not "
+    "quite the one that learns; algorithm.sampler_correction weights for it, engine: native has no such gap"
+)
 REWARDS = "rewards.json"  # in a checkpoint: the states of stateful rewards
 
 
@@ -41,6 +46,8 @@ def run_grpo_trl(context: Context, plan: GrpoPlan) -> None:
 
     if resumed is None:
         say_what_learns(context, plan.name, policy)
+    if stage.sampling.has_own_weights and recipe.model.dtype == "float32":
+        context.sinks.event(plan.name, resumed.step if resumed else 0, "warning", SERVED_IN_BFLOAT16, {})
     if resumed is None and stage.evaluation is not None:
         measure(0)
     backend = stage.sampling.backend
@@ -52,7 +59,7 @@ def run_grpo_trl(context: Context, plan: GrpoPlan) -> None:
         reference=reference(context, plan, resumed),
         prompts=plan.prompts,
         sampler=None
-        if backend in ("auto", "vllm", "vllm-server")
+        if backend in ("auto", *OWN_WEIGHTS)
         else make_sampler(backend, policy, Decoding.of(stage.sampling)),
         rewards=plan.rewards,
         folder=context.folder.path,

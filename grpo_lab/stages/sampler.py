@@ -29,8 +29,10 @@ def stage_sampler(context: Context, stage: GrpoStage, policy: Policy, *, version
         return
     assert settings.vllm is not None
     context.mark_inexact(INEXACT)
-    folder = context.folder.path if settings.vllm.exchange is None else Path(settings.vllm.exchange)
-    transfer = transfer_of(context.recipe.model_of(stage), policy, folder.absolute() / FOLDER)
+    folder = context.folder.path / FOLDER
+    if settings.vllm.exchange is not None:
+        folder = Path(settings.vllm.exchange) / f"{context.recipe.name}-{context.folder.path.name}"
+    transfer = transfer_of(context.recipe.model_of(stage), policy, folder.absolute())
     sampler: VllmServerSampler | VllmSampler
     if settings.backend == "vllm-server":
         sampler = VllmServerSampler(policy, decoding, settings.vllm, transfer, version=version)

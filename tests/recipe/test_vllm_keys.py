@@ -84,7 +84,11 @@ VLLM = "s__g__sampling__vllm"
             "vllm.cache_gib has no effect with backend: vllm-server; leave it out",
         ),
         ("vllm-server", {}, "backend: vllm-server needs vllm.urls, for example [http://127.0.0.1:8000]"),
-        ("vllm-server", {f"{VLLM}__urls": "[127.0.0.1:8000]"}, 'got "127.0.0.1:8000"'),
+        (
+            "vllm-server",
+            {f"{VLLM}__urls": "[127.0.0.1:8000]"},
+            'urls: "127.0.0.1:8000" is no address of a server; write http',
+        ),
     ],
 )
 def test_a_key_without_effect_is_an_error(recipe, backend, settings, problem):

@@ -188,6 +188,14 @@ def test_the_servers_follow_the_policy_and_groups_are_spread_over_them(followed,
     assert all(server.adapters == {} for server in servers)
 
 
+def test_a_run_that_goes_on_replaces_what_its_earlier_start_has_left(followed, make_examples, tmp_path):
+    policy, servers, first = followed
+    move(policy)
+    lora = Lora(r=2) if servers[0].adapters else None
+    again = sampler(policy, servers, tmp_path / "sampler", lora=lora, version=first.version)
+    assert gap(policy, again.sample(make_examples(), num_generations=2, seed=1)) < 1e-4
+
+
 def test_a_groups_noise_is_a_function_of_seed_and_group(make_policy, make_examples, serve, tmp_path):
     policy = make_policy()
     sampled_by = sampler(policy, serve(policy), tmp_path / "s")

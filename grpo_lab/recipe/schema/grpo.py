@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 from grpo_lab.recipe.schema.algorithm import Algorithm
 from grpo_lab.recipe.schema.block import Fraction, PositiveInt
 from grpo_lab.recipe.schema.rewards import RewardTerm
-from grpo_lab.recipe.schema.sampling import Sampling
+from grpo_lab.recipe.schema.sampling import OWN_WEIGHTS, Sampling
 from grpo_lab.recipe.schema.stage import StageBase
 
 
@@ -53,7 +53,7 @@ class GrpoStage(StageBase):
         if not isinstance(values, dict) or not isinstance(values.get("sampling"), dict):
             return values
         algorithm = values.get("algorithm", {})
-        if values["sampling"].get("backend") not in ("vllm", "vllm-server") or not isinstance(algorithm, dict):
+        if values["sampling"].get("backend") not in OWN_WEIGHTS or not isinstance(algorithm, dict):
             return values
         return {**values, "algorithm": {"sampler_correction": "truncate", **algorithm}}
 

@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 from grpo_lab.recipe.schema.block import Block, Name, PositiveInt, StageName
 from grpo_lab.recipe.schema.grpo import GrpoStage
 from grpo_lab.recipe.schema.model import Model
-from grpo_lab.recipe.schema.sampling import MAX_LOGPS_GAP
+from grpo_lab.recipe.schema.sampling import MAX_LOGPS_GAP, OWN_WEIGHTS
 from grpo_lab.recipe.schema.sft import SftStage
 
 Stage = Annotated[SftStage | GrpoStage, Field(discriminator="kind")]
@@ -69,14 +69,16 @@ class Recipe(Block):
         dtype = model.get("dtype", "float32") if isinstance(model, dict) else None
         if not isinstance(dtype, str) or dtype not in MAX_LOGPS_GAP:
             return values
-        stages = {name: _with_gap(stage, MAX_LOGPS_GAP[dtype]) for name, stage in values["stages"].items()}
+        stages = {name: _with_gap(stage, dtype) for name, stage in values["stages"].items()}
         return {**values, "stages": stages}
 
 
-def _with_gap(stage: Any, gap: float) -> Any:
+def _with_gap(stage: Any, dtype: str) -> Any:
     """A GRPO stage as it was written, with the most that sampler and trainer may differ by."""
     if not isinstance(stage, dict) or not isinstance(stage.get("sampling"), dict):
         return stage
     sampling = stage["sampling"]
+    if stage.get("engine") == "trl" and sampling.get("backend") in OWN_WEIGHTS:
+        dtype = "bfloat16"  # in which vLLM serves a float32 model, as TRL gives it no dtype
     truncates = any(sampling.get(key, off) != off for key, off in (("top_p", 1.0), ("top_k", None), ("min_p", 0.0)))
-    return {**stage, "sampling": {"max_logps_gap": None if truncates else gap, **sampling}}
+    return {**stage, "sampling": {"max_logps_gap": None if truncates else MAX_LOGPS_GAP[dtype], **sampling}}

@@ -1,12 +1,13 @@
 """How completions are drawn."""
 
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import Field, model_validator
 
 from grpo_lab.recipe.schema.block import Block, Fraction, PositiveInt
 
-BASE_URL = r"^https?://[^/?#]+(/[^?#]*)?$"
+OWN_WEIGHTS = ("vllm", "vllm-server")  # backends that keep a copy of the policy
 OF_ENGINE = ("memory_share", "cache_gib", "max_model_length", "sleep")
 OF_SERVERS = ("urls", "exchange", "timeout_seconds")
 # Mean |log pi - log sampler| in nats per token: far above what other kernels round differently, far below a policy that
@@ -25,12 +26,20 @@ class Vllm(Block):
     """backend vllm: the most tokens of a prompt with its completion; null = as many as the model can attend to."""
     sleep: bool = False
     """backend vllm, on a GPU: whether vLLM gives its memory back while the policy learns."""
-    urls: list[Annotated[str, Field(pattern=BASE_URL)]] = []
+    urls: list[str] = []
     """backend vllm-server: where the servers answer, for example http://127.0.0.1:8000; groups are spread over them."""
     exchange: str | None = None
     """backend vllm-server: a folder that trainer and servers both see, for new weights; null = in the run's folder."""
     timeout_seconds: Annotated[float, Field(gt=0)] = 600.0
     """backend vllm-server: the most seconds that a server may take for an answer."""
+
+    @model_validator(mode="after")
+    def _addresses(self) -> "Vllm":
+        for url in self.urls:
+            parts = urlsplit(url)
+            if parts.scheme not in ("http", "https") or not parts.netloc or parts.query or parts.fragment:
+                raise ValueError(f'urls: "{url}" is no address of a server; write http://HOST:PORT')
+        return self
 
 
 class Sampling(Block):
@@ -55,7 +64,7 @@ class Sampling(Block):
     """The most completions decoded at once (bounds the KV cache); null = all of a step."""
     max_logps_gap: Annotated[float, Field(gt=0)] | None = None
     """The run stops where trainer and sampler differ by more (lab/sampler_gap, nats); null = never. Not written: 0.001
-    in float32, 0.1 in bfloat16, and null under top_p, top_k or min_p, whose left-out mass is part of the gap."""
+    in float32, 0.1 in bfloat16 (and wherever TRL starts vLLM), and null under top_p, top_k or min_p, whose left-out mass is part of the gap."""
     vllm: Vllm | None = None
     """Where vLLM samples, and what it may take; backends vllm and vllm-server only."""
 
@@ -67,12 +76,12 @@ class Sampling(Block):
     @property
     def has_own_weights(self) -> bool:
         """Whether the sampler keeps a copy of the policy, which must follow it."""
-        return self.backend in ("vllm", "vllm-server")
+        return self.backend in OWN_WEIGHTS
 
     @model_validator(mode="before")
     @classmethod
     def _fill_block_of_backend(cls, values: Any) -> Any:
-        if isinstance(values, dict) and values.get("backend") in ("vllm", "vllm-server"):
+        if isinstance(values, dict) and values.get("backend") in OWN_WEIGHTS:
             return {"vllm": {}, **values}
         return values
 
