@@ -82,7 +82,7 @@ class VllmServerSampler:
         self.servers = [Server(url, timeout_seconds=settings.timeout_seconds) for url in settings.urls]
         self._has_adapter = transfer.lora_rank is not None
         self._models = [self._checked(server) for server in self.servers]
-        self._sent: Path | None = None
+        self._sent: Path | None = None  # the folder of the weights that the servers should hold
         self._send(policy)
 
     def sync(self, policy: Policy) -> None:
@@ -148,20 +148,21 @@ class VllmServerSampler:
                 self._unload(server)  # also what an earlier start of the run has left
                 server.post("/v1/load_lora_adapter", {"lora_name": folder.name, "lora_path": str(folder)})
             else:
-                server.call("load_policy_weights", path=str(folder / WEIGHTS), version=str(self.version))
+                server.call("load_policy_weights", path=str(folder / WEIGHTS), version=str(folder))
                 server.post("/reset_prefix_cache", {})
-            self._check_version(server)
 
         self._everywhere(take)
         if self._sent is not None:
             self.transfer.drop(self._sent)
         self._sent = folder
+        self._everywhere(self._check_version)
 
     def _check_version(self, server: Server) -> None:
+        assert self._sent is not None
         if self._has_adapter:
-            held, wanted = adapters(server), version_name(self.version)
+            held, wanted = adapters(server), self._sent.name
         else:
-            held, wanted = server.call("policy_weights_version"), str(self.version)
+            held, wanted = server.call("policy_weights_version"), str(self._sent)
         if set(held) != {wanted}:
             raise StaleWeightsError(f"{server.url}: the vLLM server holds {', '.join(held)}, expected {wanted}")
 

@@ -163,8 +163,7 @@ def check_following(sampled_by, policy, examples) -> None:
         assert {group.policy_version for group in fresh} == {step}
 
 
-@pytest.mark.parametrize("what", ["weights", "adapter"])
-@pytest.mark.parametrize("kind", ["tied", "untied"])
+@pytest.mark.parametrize("what, kind", [("weights", "tied"), ("adapter", "untied")])
 def test_the_engine_in_this_process_follows_the_policy(bases, tokenizer, make_examples, tmp_path, what, kind):
     lora = LORA if what == "adapter" else None
     policy = policy_of(bases[kind], tokenizer, lora=lora)
@@ -247,12 +246,11 @@ def test_three_steps_against_a_server(cli, served, tmp_path):
     check_steps(steps, tmp_path / "run" / "grpo")
 
 
-@pytest.mark.parametrize("kind", ["tied", "untied"])
-def test_three_steps_of_trl_with_its_own_engine(cli, bases, tmp_path, kind):
+def test_three_steps_of_trl_with_its_own_engine(cli, bases, tmp_path):
     """TRL gives vLLM no dtype, which serves a float32 model in bfloat16."""
-    name = f"trl, in-process, weights, {kind}"
+    name = "trl, in-process, weights, tied"
     steps = run(
-        cli, tmp_path, name, base=bases[kind], backend="vllm", vllm="{cache_gib: 1}", engine="trl", beta=0, limit=0.1
+        cli, tmp_path, name, base=bases["tied"], backend="vllm", vllm="{cache_gib: 1}", engine="trl", beta=0, limit=0.1
     )
     assert len(steps) == 3
     assert all(0 < step["lab/sampler_gap"] < 0.02 for step in steps)
