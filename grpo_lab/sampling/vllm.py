@@ -46,13 +46,14 @@ class VllmSampler:
         self._asleep = False
         with undisturbed():
             self._engine = self._build()
-        self._load(policy)
+            self._load(policy)
 
     def sync(self, policy: Policy) -> None:
         """Take over the weights of the policy, which has learnt one more step."""
         self.policy = policy
         self.version += 1
-        self._load(policy)
+        with undisturbed():
+            self._load(policy)
 
     def sample(self, examples: list[Example], *, num_generations: int, seed: int) -> list[Group]:
         """`num_generations` completions for each example."""
