@@ -26,6 +26,7 @@ from grpo_lab.engines.trl_rollouts import Rollouts, TrlParts  # noqa: E402
 from grpo_lab.engines.trl_vllm import beside_vllm  # noqa: E402
 from grpo_lab.errors import NumericError, SetupError  # noqa: E402
 from grpo_lab.recipe.schema import Model, Optimizer  # noqa: E402
+from grpo_lab.sampling.vllm_needs import check_heads  # noqa: E402
 from grpo_lab.tracking.metrics import step_metrics  # noqa: E402
 from grpo_lab.types import Policy, StepEnd, UpdateStats  # noqa: E402
 
@@ -53,6 +54,8 @@ def train(
         warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*deprecated", category=FutureWarning)
         warnings.filterwarnings("ignore", message=".*rollout_func.*experimental")
         trainer = make_trainer(parts, model, output=output, report=report, callbacks=callbacks)
+        if parts.stage.sampling.backend == "vllm":
+            check_heads(trainer.vllm_generation.llm)
         trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
 
 

@@ -11,6 +11,7 @@ from grpo_lab.recipe.schema import Vllm
 from grpo_lab.sampling.decoding import Decoding
 from grpo_lab.sampling.transfer import Transfer, version_name
 from grpo_lab.sampling.undisturbed import undisturbed
+from grpo_lab.sampling.vllm_needs import check_heads
 from grpo_lab.sampling.vllm_plugin import keep_weights_loadable
 from grpo_lab.sampling.vllm_worker import load_all
 from grpo_lab.seeds import derive_seed
@@ -46,6 +47,7 @@ class VllmSampler:
         self._asleep = False
         with undisturbed():
             self._engine = self._build()
+            check_heads(self._engine)
             self._load(policy)
 
     def sync(self, policy: Policy) -> None:
@@ -115,6 +117,7 @@ class VllmSampler:
                 seed=0,
             )
         except REFUSALS as error:
+            cleanup_dist_env_and_memory()
             reason = str(error).strip().partition("\n")[0] or type(error).__name__
             raise SetupError(f"sampling.backend: vllm cannot serve this model here: {reason}") from error
 

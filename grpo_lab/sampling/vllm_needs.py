@@ -2,6 +2,7 @@
 
 import os
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 
@@ -44,3 +45,21 @@ def why_not(stage: GrpoStage, model: Model, *, on_gpu: bool) -> str | None:
     if sampling.vllm.sleep and not on_gpu:
         return "vLLM sleeps on a GPU only; leave vllm.sleep out"
     return None
+
+
+def check_heads(engine: Any) -> None:
+    """Refuse a model whose heads vLLM's attention on a CPU has no code for; vLLM itself looks only when it computes.
+
+    Raises:
+        SetupError: with the sizes that it takes.
+    """
+    if torch.cuda.is_available():
+        return
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend  # needs vLLM
+
+    size, possible = engine.llm_engine.model_config.get_head_size(), CPUAttentionBackend.get_supported_head_sizes()
+    if size not in possible:
+        raise SetupError(
+            f"sampling.backend: vllm cannot serve this model here: its heads are of {size}, and on a CPU vLLM takes "
+            f"{', '.join(map(str, possible))}"
+        )

@@ -194,7 +194,10 @@ def test_a_server_follows_the_policy(served, tokenizer, make_examples, tmp_path)
 def test_a_model_that_vllm_cannot_serve_is_refused_in_one_line(make_policy, tmp_path):
     policy = make_policy()  # heads of 8
     transfer = transfer_of(Model(path="x"), policy, tmp_path / "sampler")
-    with pytest.raises(SetupError, match="sampling.backend: vllm cannot serve this model here: ") as error:
+    message = (
+        "sampling.backend: vllm cannot serve this model here: its heads are of 8, and on a CPU vLLM takes 32, 64, "
+    )
+    with pytest.raises(SetupError, match=message) as error:
         VllmSampler(policy, DECODING, Vllm(cache_gib=0.1), transfer, version=0)
     assert "\n" not in str(error.value)
 
