@@ -23,10 +23,9 @@ from trl import GRPOConfig, GRPOTrainer  # noqa: E402
 from grpo_lab.engines.learner import MAX_SKIPPED_IN_A_ROW, learning_rate, make_optimizer  # noqa: E402
 from grpo_lab.engines.trl_config import arguments, require_trl, sizes  # noqa: E402
 from grpo_lab.engines.trl_rollouts import Rollouts, TrlParts  # noqa: E402
-from grpo_lab.engines.trl_vllm import beside_vllm  # noqa: E402
+from grpo_lab.engines.trl_vllm import beside_vllm, own_engine  # noqa: E402
 from grpo_lab.errors import NumericError, SetupError  # noqa: E402
 from grpo_lab.recipe.schema import Model, Optimizer  # noqa: E402
-from grpo_lab.sampling.vllm_needs import check_heads  # noqa: E402
 from grpo_lab.tracking.metrics import step_metrics  # noqa: E402
 from grpo_lab.types import Policy, StepEnd, UpdateStats  # noqa: E402
 
@@ -54,9 +53,8 @@ def train(
         warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*deprecated", category=FutureWarning)
         warnings.filterwarnings("ignore", message=".*rollout_func.*experimental")
         trainer = make_trainer(parts, model, output=output, report=report, callbacks=callbacks)
-        if parts.stage.sampling.backend == "vllm":
-            check_heads(trainer.vllm_generation.llm)
-        trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
+        with own_engine(trainer, parts.stage):
+            trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
 
 
 def make_trainer(

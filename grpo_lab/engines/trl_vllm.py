@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from grpo_lab.recipe.schema import GrpoStage, Vllm
+from grpo_lab.sampling.vllm_needs import check_heads
 
 # recipe key -> the argument of GRPOConfig that it decides, alone or with others
 PASSED: Mapping[str, str] = {
@@ -85,3 +86,23 @@ def beside_vllm(stage: GrpoStage) -> Iterator[None]:
     with undisturbed(**settings):
         keep_weights_loadable()
         yield
+
+
+@contextmanager
+def own_engine(trainer: Any, stage: GrpoStage) -> Iterator[None]:
+    """Use the engine that TRL's trainer has started, if it has; it is stopped in the end.
+
+    Raises:
+        SetupError: vLLM cannot compute the model.
+    """
+    if stage.sampling.backend != "vllm":
+        yield
+        return
+    from grpo_lab.sampling.vllm import shut_down
+
+    engine = trainer.vllm_generation.llm
+    try:
+        check_heads(engine)
+        yield
+    finally:
+        shut_down(engine)

@@ -47,8 +47,12 @@ class VllmSampler:
         self._asleep = False
         with undisturbed():
             self._engine = self._build()
-            check_heads(self._engine)
-            self._load(policy)
+            try:
+                check_heads(self._engine)
+                self._load(policy)
+            except BaseException:
+                self.close()
+                raise
 
     def sync(self, policy: Policy) -> None:
         """Take over the weights of the policy, which has learnt one more step."""
@@ -84,9 +88,8 @@ class VllmSampler:
 
     def close(self) -> None:
         """Give back the engine's memory; the sampler is of no use afterwards."""
-        self._engine.llm_engine.engine_core.shutdown()
+        shut_down(self._engine)
         del self._engine
-        cleanup_dist_env_and_memory()
 
     def _build(self) -> LLM:
         keep_weights_loadable()
@@ -149,6 +152,12 @@ class VllmSampler:
         if self._asleep:
             self._engine.wake_up()
             self._asleep = False
+
+
+def shut_down(engine: LLM) -> None:
+    """Stop an engine and give back what it holds, so that this process may start another."""
+    engine.llm_engine.engine_core.shutdown()
+    cleanup_dist_env_and_memory()
 
 
 def sampling_params(decoding: Decoding, policy: Policy, num_generations: int, seed: int) -> SamplingParams:
