@@ -1,4 +1,4 @@
-"""vLLM in this process, beside the trainer. Importing this file takes a minute on a slow machine: do it where it is used."""
+"""vLLM in this process, beside the trainer. vLLM itself is imported when an engine is built, which takes many seconds."""
 
 import os
 from collections.abc import Sequence
@@ -17,15 +17,6 @@ from grpo_lab.sampling.vllm_worker import load_all
 from grpo_lab.seeds import derive_seed
 from grpo_lab.types import Completion, Example, Group, Policy
 
-os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine in this process, where weights are a copy away
-os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-
-with undisturbed():
-    from vllm import LLM, SamplingParams
-    from vllm.distributed import cleanup_dist_env_and_memory
-    from vllm.lora.request import LoRARequest
-
 ADAPTER_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM makes room for
 REFUSALS = (ValueError, NotImplementedError, RuntimeError, AssertionError, KeyError)  # what it raises for a model
 
@@ -43,7 +34,7 @@ class VllmSampler:
         self.transfer = transfer
         self.version = version
         self.max_length = settings.max_model_length or policy.context_length
-        self._adapter: LoRARequest | None = None
+        self._adapter: Any = None  # vLLM's request for it, with its name and number
         self._asleep = False
         with undisturbed():
             self._engine = self._build()
@@ -91,7 +82,12 @@ class VllmSampler:
         shut_down(self._engine)
         del self._engine
 
-    def _build(self) -> LLM:
+    def _build(self) -> Any:
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine in this process, where weights are a copy away
+        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        from vllm import LLM
+
         keep_weights_loadable()
         transfer, settings = self.transfer, self.settings
         on_gpu = torch.cuda.is_available()
@@ -120,7 +116,7 @@ class VllmSampler:
                 seed=0,
             )
         except REFUSALS as error:
-            cleanup_dist_env_and_memory()
+            clean_up()
             reason = str(error).strip().partition("\n")[0] or type(error).__name__
             raise SetupError(f"sampling.backend: vllm cannot serve this model here: {reason}") from error
 
@@ -135,6 +131,8 @@ class VllmSampler:
 
     def _load_adapter(self, policy: Policy) -> None:
         """The adapter under a new name; the old one is dropped. What is held then is checked."""
+        from vllm.lora.request import LoRARequest
+
         folder, engine = self.transfer.folder / version_name(self.version), self._engine.llm_engine
         self.transfer.write(policy, folder)
         request = LoRARequest(version_name(self.version), self.version + 1, str(folder))
@@ -154,14 +152,23 @@ class VllmSampler:
             self._asleep = False
 
 
-def shut_down(engine: LLM) -> None:
+def shut_down(engine: Any) -> None:
     """Stop an engine and give back what it holds, so that this process may start another."""
     engine.llm_engine.engine_core.shutdown()
+    clean_up()
+
+
+def clean_up() -> None:
+    """End what an engine, or the attempt to build one, has set up for the whole process."""
+    from vllm.distributed import cleanup_dist_env_and_memory
+
     cleanup_dist_env_and_memory()
 
 
-def sampling_params(decoding: Decoding, policy: Policy, num_generations: int, seed: int) -> SamplingParams:
+def sampling_params(decoding: Decoding, policy: Policy, num_generations: int, seed: int) -> Any:
     """vLLM's words for a decoding; its log-probs are those of the distribution that is sampled."""
+    from vllm import SamplingParams
+
     return SamplingParams(
         n=num_generations,
         seed=seed,

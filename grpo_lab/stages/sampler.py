@@ -37,7 +37,7 @@ def stage_sampler(context: Context, stage: GrpoStage, policy: Policy, *, version
     if settings.backend == "vllm-server":
         sampler = VllmServerSampler(policy, decoding, settings.vllm, transfer, version=version)
     else:
-        from grpo_lab.sampling.vllm import VllmSampler  # needs vLLM
+        from grpo_lab.sampling.vllm import VllmSampler  # a second of import, needed only here
 
         sampler = VllmSampler(policy, decoding, settings.vllm, transfer, version=version)
     try:
