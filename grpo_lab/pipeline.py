@@ -16,6 +16,7 @@ from grpo_lab.policy.load import load_policy, write_policy
 from grpo_lab.publish import Publisher, ready
 from grpo_lab.recipe import LoadedRecipe, resolved_yaml
 from grpo_lab.recipe.schema import GrpoStage
+from grpo_lab.sampling.vllm_needs import require_vllm
 from grpo_lab.scoring import start_nursery
 from grpo_lab.stages.grpo import run_grpo
 from grpo_lab.stages.plan import SftPlan
@@ -57,6 +58,9 @@ def train_recipe(loaded: LoadedRecipe, recipe_text: str, *, go_on: bool, console
         going_on = go_on and path.exists()
         base = path / "base"
         plan = assemble(loaded, tokenizer_folder=base if going_on and base.exists() else None)
+        for each in plan.stages:
+            if isinstance(each, GrpoPlan):
+                require_vllm(each.stage, recipe.model_of(each.stage))
         others = _other_sinks(plan, path, console, quiet=quiet)
         push = recipe.tracking.push
         if push is not None:

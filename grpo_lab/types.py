@@ -46,10 +46,15 @@ class Completion:
 
 @dataclass(frozen=True)
 class Group:
-    """The unit GRPO compares within: one prompt and its G completions. It is never split and never regrouped."""
+    """The unit GRPO compares within: one prompt and its G completions. It is never split and never regrouped.
+
+    `policy_version` is how many steps the policy that sampled had learnt, as a sampler with weights of its own states it;
+    None where the sampler uses the trained weights themselves.
+    """
 
     example: Example
     completions: tuple[Completion, ...]
+    policy_version: int | None = None
 
 
 class Progress(NamedTuple):

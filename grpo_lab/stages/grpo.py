@@ -24,6 +24,7 @@ from grpo_lab.stages.running import (
     saying_halved,
     saying_plain,
 )
+from grpo_lab.stages.sampler import refusing_stale, stage_sampler
 from grpo_lab.types import Callback, Policy, StepEnd
 
 
@@ -61,20 +62,9 @@ def run_grpo(context: Context, plan: GrpoPlan) -> None:
 
     if start == 0 and stage.evaluation is not None:
         measure(0)
-    parts = Parts(
-        name=plan.name,
-        stage=stage,
-        seed=recipe.seed,
-        policy=policy,
-        reference=reference,
-        prompts=plan.prompts,
-        sampler=make_sampler(stage.sampling.backend, policy, Decoding.of(stage.sampling)),
-        rewards=plan.rewards,
-        learner=learner,
-        folder=context.folder.path,
-    )
     report = reporting(
         context.sinks.step,
+        refusing_stale(stage.sampling),
         Advice(context.sinks),
         saying_plain(context, forward),
         saying_halved(context, learner),
@@ -83,7 +73,20 @@ def run_grpo(context: Context, plan: GrpoPlan) -> None:
         admitting(context, plan.rewards),
         checkpointing(context, policy, learner, stage.checkpoint, moving_reference=moving, rewards=plan.rewards),
     )
-    train(parts, start=start, report=report)
+    with stage_sampler(context, stage, policy, version=start) as sampler:
+        parts = Parts(
+            name=plan.name,
+            stage=stage,
+            seed=recipe.seed,
+            policy=policy,
+            reference=reference,
+            prompts=plan.prompts,
+            sampler=sampler,
+            rewards=plan.rewards,
+            learner=learner,
+            folder=context.folder.path,
+        )
+        train(parts, start=start, report=report)
     finish(context, plan.name, policy, recipe.model_of(stage), steps=stage.steps)
 
 
@@ -100,16 +103,20 @@ def refreshing(settings: ReferenceRefresh | None, policy: Policy, reference: Pol
 def measure_policy(
     policy: Policy, plan: GrpoPlan, *, seed: int, num_samples: int | None = None, pass_at: tuple[int, ...] = ()
 ) -> Evaluation:
-    """The policy on the stage's held-out prompts: greedy, and sampled as the stage samples. The same noise each time."""
+    """The policy on the stage's held-out prompts: greedy, and sampled as the stage samples. The same noise each time.
+
+    Always from the policy's own weights: where the stage samples with vLLM, the native sampler measures.
+    """
     stage: GrpoStage = plan.stage
+    backend = "native" if stage.sampling.has_own_weights else stage.sampling.backend
     assert stage.evaluation is not None
     count = stage.evaluation.num_samples if num_samples is None else num_samples
     decoding = Decoding.of(stage.sampling)
     return evaluate(
         plan.held_out,
         plan.held_out_rewards,
-        greedy=make_sampler(stage.sampling.backend, policy, decoding.greedy()),
-        sampled=make_sampler(stage.sampling.backend, policy, decoding) if count else None,
+        greedy=make_sampler(backend, policy, decoding.greedy()),
+        sampled=make_sampler(backend, policy, decoding) if count else None,
         num_samples=count,
         seed=derive_seed(seed, plan.name),
         pass_at=pass_at,

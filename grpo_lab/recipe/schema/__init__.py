@@ -11,7 +11,7 @@ from grpo_lab.recipe.schema.grpo import GrpoStage
 from grpo_lab.recipe.schema.model import SHIPPED_TEMPLATES, Lora, Model, Quantization, StageModel, TokenizerBuild
 from grpo_lab.recipe.schema.recipe import Push, Recipe, Stage, Tracking, Wandb
 from grpo_lab.recipe.schema.rewards import RewardTerm, WeightSchedule
-from grpo_lab.recipe.schema.sampling import Sampling
+from grpo_lab.recipe.schema.sampling import Sampling, Vllm
 from grpo_lab.recipe.schema.sft import KeyTokens, Selection, SftStage
 from grpo_lab.recipe.schema.stage import Checkpoint, Evaluation, Optimizer, StageBase
 
@@ -48,6 +48,7 @@ __all__ = [
     "Tagged",
     "TokenizerBuild",
     "Tracking",
+    "Vllm",
     "Wandb",
     "WeightSchedule",
 ]
