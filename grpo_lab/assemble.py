@@ -86,8 +86,9 @@ class Problems:
             raise RecipeError(self.found)
 
 
-def assemble(loaded: LoadedRecipe, *, tokenizer_folder: Path | None = None) -> Plan:
-    """Build everything but the model. `tokenizer_folder` holds the tokenizer that an earlier start of the run made.
+def assemble(loaded: LoadedRecipe, *, tokenizer_folder: Path | None = None, num_processes: int = 1) -> Plan:
+    """Build everything but the model. `tokenizer_folder` holds the tokenizer that an earlier start of the run made,
+    `num_processes` is how many will train.
 
     Raises:
         RecipeError: every problem found, one line each, at its place in the recipe.
@@ -95,6 +96,7 @@ def assemble(loaded: LoadedRecipe, *, tokenizer_folder: Path | None = None) -> P
     recipe = loaded.recipe
     found = Problems(loaded.sources)
     _check_order(recipe, found)
+    _check_processes(recipe, num_processes, found)
     registry = found.attempt(("plugins",), lambda: discover(recipe.plugins))
     rows = {
         loc: found.attempt(loc, lambda data=data: load_rows(data, root=Path(recipe.data_root or "."), seed=recipe.seed))
@@ -153,6 +155,25 @@ def _check_order(recipe: Recipe, found: Problems) -> None:
         if stage.start_from not in earlier:
             found.add(("stages", name, "start_from"), f'"{stage.start_from}" is none of {", ".join(earlier)}')
         earlier.append(name)
+
+
+def _check_processes(recipe: Recipe, num_processes: int, found: Problems) -> None:
+    """What several processes, or weights in pieces, cannot do."""
+    in_pieces = recipe.distributed.strategy == "fsdp2"
+    for name, stage in recipe.stages.items():
+        model = recipe.model_of(stage)
+        if in_pieces and (model.lora is not None or model.quantization is not None):
+            message = f"fsdp2 is for stages in which all weights learn, and {name} learns an adapter; ddp is for those"
+            found.add(("distributed", "strategy"), message)
+        if in_pieces and "8bit" in stage.optimizer.name:
+            message = f"{stage.optimizer.name} cannot keep its state in pieces (distributed.strategy: fsdp2); set adamw"
+            found.add(("stages", name, "optimizer", "name"), message)
+        if isinstance(stage, GrpoStage) and stage.engine == "trl" and (in_pieces or num_processes > 1):
+            message = (
+                "trl trains in one process here: over several its trainer deals prompts, reduces losses and saves in its "
+                "own way, which nothing compares with ours; use engine: native, or one process and strategy ddp"
+            )
+            found.add(("stages", name, "engine"), message)
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,7 @@ class PolicyForward(nn.Module):
             tokens = torch.full_like(tokens, batch.completion_ids.shape[1])
         most = min(TOKENS_HELD, LOGITS_HELD // vocabulary)
         cuts, held = [0], 0
-        for start, stop in _groups(batch.prompt_index.tolist()):
+        for start, stop in batch.groups():
             own = int(tokens[start:stop].sum())
             if held > 0 and held + own > most:
                 cuts.append(start)
@@ -116,12 +116,6 @@ def plain_forward(
     with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
         undecided = entropy(logits)
     return LogpsAndEntropy(selected_logps(logits, batch.completion_ids), undecided)
-
-
-def _groups(prompt_index: list[int]) -> list[tuple[int, int]]:
-    """Runs of rows with the same prompt, as (start, stop)."""
-    starts = [row for row, prompt in enumerate(prompt_index) if row == 0 or prompt != prompt_index[row - 1]]
-    return list(pairwise([*starts, len(prompt_index)]))
 
 
 @torch.no_grad()

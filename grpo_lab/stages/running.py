@@ -8,11 +8,12 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from grpo_lab.distributed.ranks import ALONE, Ranks
 from grpo_lab.engines.learner import Learner
 from grpo_lab.errors import StopRequested
 from grpo_lab.policy.forward import PolicyForward
 from grpo_lab.policy.load import write_checked
-from grpo_lab.policy.trainable import learned, parameter_count, restore, state
+from grpo_lab.policy.trainable import fingerprint, learned, parameter_count, restore, state
 from grpo_lab.recipe import Recipe
 from grpo_lab.recipe.schema import Checkpoint, Evaluation, Model
 from grpo_lab.scoring import RewardSet
@@ -21,7 +22,7 @@ from grpo_lab.tracking.files import write_json
 from grpo_lab.tracking.folders import save_folder_atomic
 from grpo_lab.tracking.jsonl import JsonlSink
 from grpo_lab.tracking.run_folder import StageFolder
-from grpo_lab.tracking.sinks import Sinks
+from grpo_lab.tracking.sinks import SilentSink, Sinks
 from grpo_lab.types import Callback, Policy, StepEnd
 
 EXIT_CODES = {signal.SIGTERM: 75, signal.SIGINT: 130}
@@ -32,6 +33,7 @@ class StopSignal:
 
     def __init__(self) -> None:
         self.received: int | None = None
+        self.agreed: int | None = None
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopSignal":
@@ -48,25 +50,35 @@ class StopSignal:
             os.kill(os.getpid(), number)
         self.received = number
 
+    def asked(self, ranks: Ranks) -> bool:
+        """Whether any process was asked to stop: the same answer for all of them."""
+        self.agreed = max(ranks.gather(self.received or 0)) or None
+        return self.agreed is not None
+
     def check(self, where: str) -> None:
         """Leave if someone asked. Call it where everything needed to go on is on the disk."""
-        if self.received is not None:
-            name = signal.Signals(self.received).name
-            raise StopRequested(f"{name}: stopped {where}; --resume goes on from here", EXIT_CODES[self.received])
+        number = self.agreed or self.received
+        if number is not None:
+            name = signal.Signals(number).name
+            raise StopRequested(f"{name}: stopped {where}; --resume goes on from here", EXIT_CODES[number])
 
 
 @dataclass(frozen=True)
 class Context:
-    """What a stage needs from the run that it is part of. `start` is the folder to begin with; None = the recipe's model."""
+    """What a stage needs from the run that it is part of. `start` is the folder to begin with; None = the recipe's model.
+
+    Where several processes train, only the first has files and sinks that write.
+    """
 
     recipe: Recipe
     tokenizer: Any
     folder: StageFolder
     start: Path | None
-    files: JsonlSink
+    files: JsonlSink | SilentSink
     sinks: Sinks
     stop: StopSignal
     mark_inexact: Callable[[str], None]
+    ranks: Ranks = ALONE
 
 
 def resume(
@@ -83,6 +95,7 @@ def resume(
     `moving_reference` is a reference that training changes, `rewards` may be stateful: both are part of the state.
     """
     loaded = load_latest(context.folder.checkpoints)
+    context.ranks.refuse_differences("newest checkpoint", loaded and loaded.step)
     context.files.truncate(name, loaded.step if loaded else -1)
     if loaded is None:
         return 0
@@ -91,11 +104,13 @@ def resume(
     restore(policy.model, loaded.tensors["model"])
     if moving_reference is not None:
         restore(moving_reference.model, loaded.tensors["reference"])
-    learner.optimizer.load_state_dict(optimizer_state(loaded.tensors["optimizer"], loaded.state["optimizer"]))
+    learner.resume(
+        optimizer_state(loaded.tensors["optimizer"], loaded.state["optimizer"]),
+        steps_done=loaded.state["steps_done"],
+        skipped_in_a_row=loaded.state["skipped_in_a_row"],
+    )
     if rewards is not None:
         rewards.load_state_dict(loaded.state["rewards"])
-    learner.steps_done = loaded.state["steps_done"]
-    learner.skipped_in_a_row = loaded.state["skipped_in_a_row"]
     context.sinks.event(name, loaded.step, "info", f"resumed from {loaded.path.name}", {})
     return loaded.step
 
@@ -115,12 +130,21 @@ def checkpointing(
     rewards: RewardSet | None = None,
 ) -> Callback:
     """Save every `every` steps, after the last one, and when the run was asked to stop (which then happens)."""
+    ranks = context.ranks
 
     def save(end: StepEnd) -> None:
-        asked = context.stop.received is not None
-        if not (asked or end.step % settings.every == 0 or end.step == end.num_steps):
+        if not (context.stop.asked(ranks) or end.step % settings.every == 0 or end.step == end.num_steps):
             return
-        tensors, values = optimizer_tensors(learner.optimizer.state_dict())
+        ranks.refuse_differences("policy", fingerprint(policy.model) if ranks.world > 1 else None)
+        optimizer, remembered = learner.optimizer_state(), {} if rewards is None else rewards.state_dict()
+        if ranks.is_first:
+            write(end, optimizer, remembered)
+        ranks.wait()
+        if context.stop.asked(ranks):
+            context.stop.check(f"after step {end.step} of stage {end.stage}, saved")
+
+    def write(end: StepEnd, optimizer: dict[str, Any], remembered: dict[str, Any]) -> None:
+        tensors, values = optimizer_tensors(optimizer)
         names = learned(policy.model)
         moving = {} if moving_reference is None else {"reference": state(moving_reference.model, names)}
         save_checkpoint(
@@ -131,11 +155,10 @@ def checkpointing(
                 "optimizer": values,
                 "steps_done": learner.steps_done,
                 "skipped_in_a_row": learner.skipped_in_a_row,
-                "rewards": {} if rewards is None else rewards.state_dict(),
+                "rewards": remembered,
             },
             keep=settings.keep,
         )
-        context.stop.check(f"after step {end.step} of stage {end.stage}, saved")
 
     return save
 
@@ -212,8 +235,10 @@ def finish(context: Context, name: str, policy: Policy, model: Model, *, steps: 
 
     `model` is the model block as it holds for the stage.
     """
-    gaps: list[float] = []
-    save_folder_atomic(context.folder.final, lambda folder: gaps.append(write_checked(policy, folder, model)))
-    write_json(context.folder.result, {"steps": steps})
-    message = f"saved {context.folder.final}; loaded again, its logits differ by {gaps[0]:.2g} of the largest"
-    context.sinks.event(name, steps, "info", message, {})
+    if context.ranks.is_first:
+        gaps: list[float] = []
+        save_folder_atomic(context.folder.final, lambda folder: gaps.append(write_checked(policy, folder, model)))
+        write_json(context.folder.result, {"steps": steps})
+        message = f"saved {context.folder.final}; loaded again, its logits differ by {gaps[0]:.2g} of the largest"
+        context.sinks.event(name, steps, "info", message, {})
+    context.ranks.wait()

@@ -10,6 +10,7 @@ from torch import Tensor
 from grpo_lab.algorithm.weights import token_weights
 from grpo_lab.batching import pad_rows
 from grpo_lab.data.examples import TrainingRow
+from grpo_lab.distributed.ranks import ALONE, Ranks
 from grpo_lab.engines.learner import Learner
 from grpo_lab.padding import pad_right
 from grpo_lab.policy.forward import PolicyForward
@@ -36,7 +37,7 @@ EVALUATION_ROWS = 64  # rows of one forward pass when nothing smaller is asked f
 
 def run_sft(context: Context, plan: SftPlan) -> None:
     """Train the stage from where it stands to its end, and leave its final model."""
-    stage = plan.stage
+    stage, ranks = plan.stage, context.ranks
     model, seed = context.recipe.model_of(stage), context.recipe.seed
     policy = load_policy(model, context.tokenizer, seed=seed, folder=context.start)
     forward = PolicyForward(policy.model, temperature=1.0)
@@ -45,6 +46,8 @@ def run_sft(context: Context, plan: SftPlan) -> None:
         stage.optimizer,
         total_steps=stage.steps,
         micro_batch_size=stage.micro_batch_size,
+        ranks=ranks,
+        sharded=ranks.world > 1 and context.recipe.distributed.strategy == "fsdp2",
     )
     start = resume(context, plan.name, policy, learner)
 
@@ -52,22 +55,22 @@ def run_sft(context: Context, plan: SftPlan) -> None:
         say_what_learns(context, plan.name, policy)
 
     def measure(step: int) -> None:
-        metrics = evaluation_loss(policy, plan.held_out, stage.micro_batch_size or EVALUATION_ROWS)
+        metrics = evaluation_loss(policy, plan.held_out, stage.micro_batch_size or EVALUATION_ROWS, ranks)
         context.sinks.evaluation(plan.name, step, metrics, [])
 
     if start == 0 and stage.evaluation is not None:
         measure(0)
     report = reporting(
         context.sinks.step,
-        saying_plain(context, forward),
+        saying_plain(context, learner.forward),
         saying_halved(context, learner),
         evaluating(stage.evaluation, measure),
         checkpointing(context, policy, learner, stage.checkpoint),
     )
     for step in range(start, stage.steps):
         clock = Stopwatch()
-        policy.model.train()
-        torch.manual_seed(derive_seed(seed, plan.name, "dropout", step))
+        learner.forward.model.train()
+        torch.manual_seed(derive_seed(seed, plan.name, "dropout", step) + ranks.rank)
         batch = training_batch(plan.rows.at(step), policy)
         result = learner.step(batch, negative_log_likelihood)
         clock.lap("learn")
@@ -92,15 +95,19 @@ def negative_log_likelihood(out: LogpsAndEntropy, batch: Batch) -> tuple[Tensor,
 
 
 @torch.no_grad()
-def evaluation_loss(policy: Policy, rows: Sequence[TrainingRow], rows_at_once: int) -> dict[str, float]:
+def evaluation_loss(
+    policy: Policy, rows: Sequence[TrainingRow], rows_at_once: int, ranks: Ranks = ALONE
+) -> dict[str, float]:
     """Mean negative log-likelihood per learned token over all rows (nats), and its exponential."""
     policy.model.eval()
     forward = PolicyForward(policy.model, temperature=1.0)
     total, count = 0.0, 0
-    for first in range(0, len(rows), rows_at_once):
-        part = [rows[index] for index in range(first, min(first + rows_at_once, len(rows)))]
+    own = range(len(rows))[ranks.share(len(rows))]
+    for first in range(0, len(own), rows_at_once):
+        part = [rows[index] for index in own[first : first + rows_at_once]]
         batch = training_batch(part, policy)
         num_learned = sum(sum(row.learn) for row in part)
         total += float(negative_log_likelihood(forward(batch), batch)[0]) * num_learned
         count += num_learned
+    total, count = (sum(parts) for parts in zip(*ranks.gather((total, count)), strict=True))
     return {"loss": total / count, "perplexity": math.exp(min(total / count, 700.0))}

@@ -9,7 +9,7 @@ from grpo_lab.recipe.schema.block import Block, Fraction
 from grpo_lab.recipe.schema.data import Answer, Data
 from grpo_lab.recipe.schema.grpo import GrpoStage
 from grpo_lab.recipe.schema.model import Lora, Model, Quantization, StageModel, TokenizerBuild
-from grpo_lab.recipe.schema.recipe import Recipe, Stage, Tracking, Wandb
+from grpo_lab.recipe.schema.recipe import Distributed, Recipe, Stage, Tracking, Wandb
 from grpo_lab.recipe.schema.rewards import RewardTerm, WeightSchedule
 from grpo_lab.recipe.schema.sampling import Sampling
 from grpo_lab.recipe.schema.sft import SftStage
@@ -21,6 +21,7 @@ __all__ = [
     "Block",
     "Checkpoint",
     "Data",
+    "Distributed",
     "Evaluation",
     "Fraction",
     "GrpoStage",
