@@ -40,6 +40,7 @@ class Shards:
         for module in self.forward.modules():
             if isinstance(module, FSDPModule):
                 module.set_gradient_divide_factor(1.0)  # added up, not averaged
+                module.set_force_sum_reduction_for_comms(True)  # gloo cannot multiply on the way
         plain = [name for name, parameter in self.forward.named_parameters() if not isinstance(parameter, DTensor)]
         assert not plain, f"FSDP2 left {len(plain)} parameters as they were, the first {plain[0]}"
 
