@@ -50,6 +50,7 @@ def environments(num_processes: int) -> list[dict[str, str]]:
     return [
         {
             "OMP_NUM_THREADS": str(max(1, cores // num_processes)),
+            "TORCH_CPP_LOG_LEVEL": "ERROR",  # a process whose peer has ended would show torch's C++ stack
             **os.environ,
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
