@@ -65,17 +65,21 @@ def found(tmp_path_factory):
     return json.loads(out.read_text())
 
 
-SETTINGS = ["sgd", "two iterations, two mini-batches", "one group"]
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("setting", ["float64", "two iterations", "one group"])
+def test_two_processes_learn_what_one_does(found, setting, strategy):
+    """Warm-up, four micro-batches, SGD, a group without signal; with one group the second process has no rows."""
+    differences = found[f"{setting}: {strategy}"]
+    assert differences["steps"] == (12 if setting == "two iterations" else 3)
+    assert {name: size for name, size in differences.items() if name != "steps" and size > 1e-9} == {}
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-@pytest.mark.parametrize("setting", SETTINGS)
-def test_two_processes_learn_what_one_does(found, setting, strategy):
-    differences = found[f"{setting}: {strategy}"]
-    assert differences["steps"] == 3 * (4 if setting == SETTINGS[1] else 1)
-    assert differences["loss"] < 1e-6
-    assert differences["gradient"] < 1e-6
-    assert differences["norm"] < 1e-6
+def test_in_float32_two_processes_differ_by_rounding(found, strategy):
+    differences = found[f"float32: {strategy}"]
+    assert differences["gradient"] < 5e-6
+    assert differences["norm"] < 5e-6
+    assert differences["loss"] < 5e-5  # it is a sum of gains and losses that nearly cancel
     assert differences["weights"] < 1e-6
 
 
@@ -92,7 +96,7 @@ def test_a_gradient_that_is_not_finite_in_one_process_is_left_out_in_all(found, 
 
 def test_memory_that_falls_short_in_one_process_changes_nothing_but_the_size_of_micro_batches(found):
     assert found["halved"]["rows"] == [[3, 3], [3, 3]]
-    assert found["halved"]["gradient"] < 1e-6
+    assert found["halved"]["gradient"] < 5e-6
     assert found["halved"]["weights"] < 1e-6
 
 
@@ -101,7 +105,8 @@ def test_the_rollouts_of_two_processes_are_those_of_one(found, backend):
     sampled = found[f"sampled: {backend}"]
     assert sampled["tokens"]
     assert sampled["examples"]
-    assert sampled["lengths"] == [1, 40]  # very unequal
+    assert sampled["lengths"][0] <= 2  # very unequal
+    assert sampled["lengths"][1] >= 30
     assert found["one prompt"] == 2
 
 

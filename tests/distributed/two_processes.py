@@ -3,41 +3,32 @@
 Alone means: the same process, without the other. Everything is worked out on both processes; the first writes.
 """
 
-import os
+import copy
+import json
 import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+import torch
+from torch import Tensor
 
-from jaxtyping import install_import_hook
-
-install_import_hook("grpo_lab", "beartype.beartype")
-
-import copy  # noqa: E402
-import json  # noqa: E402
-from collections.abc import Callable, Iterator  # noqa: E402
-from contextlib import suppress  # noqa: E402
-from dataclasses import dataclass, replace  # noqa: E402
-from typing import Any  # noqa: E402
-
-import torch  # noqa: E402
-from torch import Tensor  # noqa: E402
-
-from grpo_lab.batching import pad, with_advantages, with_logps  # noqa: E402
-from grpo_lab.data.tokenizer import build_tokenizer  # noqa: E402
-from grpo_lab.distributed.ranks import ALONE, Ranks, joined  # noqa: E402
-from grpo_lab.engines.learner import Learner  # noqa: E402
-from grpo_lab.engines.sharding import whole  # noqa: E402
-from grpo_lab.engines.update import GrpoLoss, update  # noqa: E402
-from grpo_lab.errors import SetupError  # noqa: E402
-from grpo_lab.policy.forward import PolicyForward, frozen_copy, learn_without_dropout  # noqa: E402
-from grpo_lab.policy.load import load_policy  # noqa: E402
-from grpo_lab.policy.trainable import fingerprint  # noqa: E402
-from grpo_lab.recipe.schema import GrpoStage, Model, RewardTerm  # noqa: E402
-from grpo_lab.sampling import make_sampler  # noqa: E402
-from grpo_lab.sampling.decoding import Decoding  # noqa: E402
-from grpo_lab.scoring import bind, discover  # noqa: E402
-from grpo_lab.scoring.dealt import dealt  # noqa: E402
-from grpo_lab.types import Batch, Completion, Example, Group, Policy, Scores  # noqa: E402
+from grpo_lab.batching import pad, with_advantages, with_logps
+from grpo_lab.data.tokenizer import build_tokenizer
+from grpo_lab.distributed.ranks import ALONE, Ranks, joined
+from grpo_lab.engines.learner import Learner
+from grpo_lab.engines.sharding import whole
+from grpo_lab.engines.update import GrpoLoss, update
+from grpo_lab.errors import SetupError
+from grpo_lab.policy.forward import PolicyForward, frozen_copy, learn_without_dropout
+from grpo_lab.policy.load import load_policy
+from grpo_lab.policy.trainable import fingerprint
+from grpo_lab.recipe.schema import GrpoStage, Model, RewardTerm
+from grpo_lab.sampling import make_sampler
+from grpo_lab.sampling.decoding import Decoding
+from grpo_lab.scoring import bind, discover
+from grpo_lab.scoring.dealt import dealt
+from grpo_lab.types import Batch, Completion, Example, Group, Policy, Scores
 
 CONFIG = {
     "model_type": "llama",
@@ -48,6 +39,13 @@ CONFIG = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 128,
     "tie_word_embeddings": True,
+}
+GPT2 = {  # computes in float64 throughout, where Llama's norms are float32 whatever its weights
+    "model_type": "gpt2",
+    "n_embd": 32,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_positions": 128,
 }
 LENGTHS = [(24, 20, 22, 24), (1, 2, 1, 3), (2, 9, 4, 1), (1, 1, 2, 2), (8, 8, 3, 1)]  # five groups, very unequal
 REWARDS = [(1.0, 0.0, 0.5, 0.2), (0.0, 1.0, 1.0, 0.0), (0.7, 0.7, 0.7, 0.7), (1.0, 0.0, 0.0, 0.0), (0.3, 0.1, 0.9, 0.4)]
@@ -69,14 +67,24 @@ def stage(**changes: Any) -> GrpoStage:
     return GrpoStage.model_validate(settings | changes)
 
 
-def make_policy(tokenizer: Any) -> Policy:
-    policy = load_policy(Model(config=CONFIG, tokenizer="built"), tokenizer, seed=0)
+def make_policy(tokenizer: Any, config: dict[str, Any] = CONFIG) -> Policy:
+    policy = load_policy(Model(config=config, tokenizer="built"), tokenizer, seed=0)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in policy.model.parameters():
             if parameter.ndim >= 2:
                 parameter.normal_(0.0, 0.25, generator=generator)
     return policy
+
+
+def another(policy: Policy) -> Policy:
+    """A frozen policy near this one, which has sampled and is kept close to."""
+    other = frozen_copy(policy)
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in other.model.parameters():
+            parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
+    return other
 
 
 def recorded(tokenizer: Any, groups: slice = slice(None)) -> tuple[list[Group], Scores]:
@@ -118,7 +126,7 @@ def train(
 ) -> Trained:
     """The native loop's steps on recorded rollouts. `breaking` is called in every forward pass of the loss."""
     policy = replace(start, model=copy.deepcopy(start.model))
-    reference = frozen_copy(policy)
+    reference = another(policy)
     forward = PolicyForward(policy.model, temperature=setting.sampling.temperature)
     per_step = setting.algorithm.num_iterations * setting.algorithm.num_minibatches
     learner = Learner(
@@ -140,7 +148,9 @@ def train(
     loss = GrpoLoss(setting.algorithm)
     for _ in range(steps):
         learn_without_dropout(learner.forward.model)
-        batch = with_advantages(with_logps(pad(groups, policy), policy, reference, setting, ranks), scores, setting)
+        batch = with_logps(pad(groups, policy), policy, reference, setting, ranks)
+        batch = replace(batch, old_logps=batch.ref_logps)  # off-policy, or the loss would be nothing but rounding
+        batch = with_advantages(batch, scores, setting)
         if breaking is None:
             stats = update(learner, batch, setting.algorithm)
         else:
@@ -180,17 +190,19 @@ def differences(shared: Trained, alone: Trained) -> dict[str, float]:
 
 def compared(ranks: Ranks, policy: Policy, tokenizer: Any) -> Iterator[tuple[str, Any]]:
     """Two processes against one, for both strategies."""
-    rollouts = recorded(tokenizer)
-    for name, setting, rows in [
-        ("sgd", stage(), rollouts),
-        ("two iterations, two mini-batches", stage(
-            algorithm={"beta": 0.04, "num_iterations": 2, "num_minibatches": 2}, prompts_per_step=4, micro_batch_size=None
-        ), recorded(tokenizer, slice(4))),
-        ("one group", stage(prompts_per_step=1), recorded(tokenizer, slice(1))),
-    ]:  # fmt: skip
-        alone = train(policy, rows, setting)
+    rollouts, first = recorded(tokenizer), recorded(tokenizer, slice(1))
+    twice = {"beta": 0.04, "num_iterations": 2, "num_minibatches": 2}
+    exact = make_policy(tokenizer, GPT2)
+    exact.model.double()
+    for name, start, setting, rows in [
+        ("float32", policy, stage(), rollouts),
+        ("float64", exact, stage(), rollouts),
+        ("two iterations", exact, stage(algorithm=twice, prompts_per_step=4), recorded(tokenizer, slice(4))),
+        ("one group", exact, stage(prompts_per_step=1, micro_batch_size=None), first),
+    ]:
+        alone = train(start, rows, setting)
         for strategy in ("ddp", "fsdp2"):
-            shared = train(policy, rows, setting, ranks, sharded=strategy == "fsdp2")
+            shared = train(start, rows, setting, ranks, sharded=strategy == "fsdp2")
             yield f"{name}: {strategy}", differences(shared, alone)
             ranks.refuse_differences("policy", fingerprint(shared.policy.model))
 
@@ -302,8 +314,6 @@ def parts(ranks: Ranks, policy: Policy, tokenizer: Any) -> Iterator[tuple[str, A
                 "calls": ranks.gather(own.terms[-1].reward.function.__dict__.get("calls", 0)),
             },
         )
-    with suppress(IndexError):
-        yield "bounds", [policy.context_length]
 
 
 def main() -> None:
