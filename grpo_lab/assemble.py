@@ -95,8 +95,9 @@ class Problems:
             raise RecipeError(self.found)
 
 
-def assemble(loaded: LoadedRecipe, *, tokenizer_folder: Path | None = None) -> Plan:
-    """Build everything but the model. `tokenizer_folder` holds the tokenizer that an earlier start of the run made.
+def assemble(loaded: LoadedRecipe, *, tokenizer_folder: Path | None = None, num_processes: int = 1) -> Plan:
+    """Build everything but the model. `tokenizer_folder` holds the tokenizer that an earlier start of the run made,
+    `num_processes` is how many will train.
 
     Raises:
         RecipeError: every problem found, one line each, at its place in the recipe.
@@ -104,6 +105,7 @@ def assemble(loaded: LoadedRecipe, *, tokenizer_folder: Path | None = None) -> P
     recipe = loaded.recipe
     found = Problems(loaded.sources)
     _check_order(recipe, found)
+    _check_processes(recipe, num_processes, found)
     registry = found.attempt(("plugins",), lambda: discover(recipe.plugins))
     rows = {
         loc: found.attempt(loc, lambda data=data: load_rows(data, root=Path(recipe.data_root or "."), seed=recipe.seed))
@@ -198,6 +200,28 @@ def base_is_local(recipe: Recipe) -> bool:
         name = stage.start_from if stage.start_from != "previous" else earlier[-1] if earlier else "base"
         if name == "base":
             return recipe.model.path is None or Path(recipe.model.path).is_dir()
+
+
+def _check_processes(recipe: Recipe, num_processes: int, found: Problems) -> None:
+    """What several processes, or weights in pieces, cannot do."""
+    in_pieces = recipe.distributed.strategy == "fsdp2"
+    for name, stage in recipe.stages.items():
+        model = recipe.model_of(stage)
+        if in_pieces and (model.lora is not None or model.quantization is not None):
+            message = f"fsdp2 is for stages in which all weights learn, and {name} learns an adapter; ddp is for those"
+            found.add(("distributed", "strategy"), message)
+        if in_pieces and "8bit" in stage.optimizer.name:
+            message = f"{stage.optimizer.name} cannot keep its state in pieces (distributed.strategy: fsdp2); set adamw"
+            found.add(("stages", name, "optimizer", "name"), message)
+        if isinstance(stage, GrpoStage) and stage.engine == "trl" and (in_pieces or num_processes > 1):
+            message = (
+                "trl trains in one process here: over several its trainer deals prompts, reduces losses and saves in its "
+                "own way, which nothing compares with ours; use engine: native, or one process and strategy ddp"
+            )
+            found.add(("stages", name, "engine"), message)
+        if isinstance(stage, GrpoStage) and stage.sampling.backend == "vllm" and num_processes > 1:
+            message = "vLLM in this process samples for one process; with several use vllm-server, or native"
+            found.add(("stages", name, "sampling", "backend"), message)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ V vocabulary.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -122,6 +123,12 @@ class Batch:
     @property
     def num_rows(self) -> int:
         return int(self.completion_ids.shape[0])
+
+    def groups(self) -> list[tuple[int, int]]:
+        """Runs of rows with the same prompt, as (start, stop)."""
+        prompts = self.prompt_index.tolist()
+        starts = [row for row, prompt in enumerate(prompts) if row == 0 or prompt != prompts[row - 1]]
+        return list(pairwise([*starts, len(prompts)]))
 
     def rows(self, start: int, stop: int) -> "Batch":
         """Rows start..stop, cut to their longest prompt and completion (padding changes nothing)."""

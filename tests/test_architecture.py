@@ -15,7 +15,7 @@ PACKAGE = ROOT / "grpo_lab"
 
 # From the ground up. A name is a module or a folder of `grpo_lab`; a module imports from lower floors and its own folder.
 FLOORS = [
-    {"types", "errors", "seeds", "padding", "bundled", "algorithm", "recipe", "attention", "sandbox"}
+    {"types", "errors", "seeds", "padding", "bundled", "algorithm", "recipe", "attention", "sandbox", "distributed"}
     | {"text", "text_metrics", "corpus_metrics", "answers", "expressions"},  # for authors of rewards
     {"scoring", "policy", "sampling", "data", "tracking", "corpus_evaluation"},
     {"batching", "evaluate"},
@@ -23,7 +23,7 @@ FLOORS = [
     {"stages"},
     {"assemble", "pipeline", "inspection", "summary", "finished", "estimate", "card", "publish", "baselines"},
     {"compare", "bench"},
-    {"commands", "cli", "cli_rewards"},
+    {"commands", "cli", "cli_rewards", "__main__"},
 ]
 SHARED = {0, 5, 7}  # on these floors neighbours may import each other; on the others they never do
 MATHS_MAY_IMPORT = {"torch", "jaxtyping"} | sys.stdlib_module_names

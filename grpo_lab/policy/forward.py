@@ -65,7 +65,7 @@ class PolicyForward(nn.Module):
             tokens = torch.full_like(tokens, batch.completion_ids.shape[1])
         prompts = batch.prompt_mask.sum(1).tolist()
         cuts, held, logits = [0], 0, 0
-        for start, stop in _groups(batch.prompt_index.tolist()):
+        for start, stop in batch.groups():
             own = int(tokens[start:stop].sum())
             read = prompts[int(batch.prompt_index[start])] if stop - start == 1 else 0
             if held > 0 and (held + own + read > TOKENS_HELD or logits + own > LOGITS_HELD // vocabulary):
@@ -130,12 +130,6 @@ def plain_forward(
     most = logits.detach().argmax(-1)
     largest = selected_logps(logits.detach(), most)
     return LogpsAndEntropy(selected_logps(logits, batch.completion_ids), undecided, largest)
-
-
-def _groups(prompt_index: list[int]) -> list[tuple[int, int]]:
-    """Runs of rows with the same prompt, as (start, stop)."""
-    starts = [row for row, prompt in enumerate(prompt_index) if row == 0 or prompt != prompt_index[row - 1]]
-    return list(pairwise([*starts, len(prompt_index)]))
 
 
 @torch.no_grad()

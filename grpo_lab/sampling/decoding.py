@@ -44,9 +44,15 @@ class Decoding:
 
 @runtime_checkable
 class Sampler(Protocol):
-    """Draws completions. `seed` fixes all noise; group i's noise depends on (seed, i) only, not on batching."""
+    """Draws completions. `seed` fixes all noise; group i's noise depends on (seed, i) only, not on batching.
 
-    def sample(self, examples: list[Example], *, num_generations: int, seed: int) -> list[Group]: ...
+    Groups are counted from `first_group`: a process that samples some groups of a step draws what one would that
+    samples them all.
+    """
+
+    def sample(
+        self, examples: list[Example], *, num_generations: int, seed: int, first_group: int = 0
+    ) -> list[Group]: ...
 
     def sync(self, policy: Policy) -> None:
         """Take over the policy's weights after an update."""

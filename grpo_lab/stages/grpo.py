@@ -1,5 +1,8 @@
 """The GRPO stage: builds the loop's parts, hangs evaluation, advice and saving on it, and runs it."""
 
+from dataclasses import replace
+
+from grpo_lab.distributed.ranks import ALONE, Ranks
 from grpo_lab.engines.learner import Learner
 from grpo_lab.engines.native import Parts, train
 from grpo_lab.evaluate import Evaluation, evaluate
@@ -8,6 +11,7 @@ from grpo_lab.policy.load import load_policy
 from grpo_lab.recipe.schema import GrpoStage, ReferenceRefresh
 from grpo_lab.sampling import make_sampler
 from grpo_lab.sampling.decoding import Decoding
+from grpo_lab.scoring.dealt import dealt
 from grpo_lab.seeds import derive_seed
 from grpo_lab.stages.advice import Advice
 from grpo_lab.stages.plan import GrpoPlan
@@ -35,7 +39,8 @@ def run_grpo(context: Context, plan: GrpoPlan) -> None:
 
         run_grpo_trl(context, plan)
         return
-    stage, recipe = plan.stage, context.recipe
+    stage, recipe, ranks = plan.stage, context.recipe, context.ranks
+    plan = replace(plan, rewards=dealt(plan.rewards, ranks), held_out_rewards=dealt(plan.held_out_rewards, ranks))
     policy = load_policy(recipe.model_of(stage), context.tokenizer, seed=recipe.seed, folder=context.start)
     reference = frozen_copy(policy) if stage.algorithm.beta > 0 else None  # before resume: as the stage began
     forward = PolicyForward(
@@ -48,6 +53,8 @@ def run_grpo(context: Context, plan: GrpoPlan) -> None:
         stage.optimizer,
         total_steps=stage.steps * stage.algorithm.num_iterations * stage.algorithm.num_minibatches,
         micro_batch_size=stage.micro_batch_size,
+        ranks=ranks,
+        sharded=ranks.world > 1 and recipe.distributed.strategy == "fsdp2",
     )
     moving = reference if stage.algorithm.reference_refresh is not None else None
     start = resume(context, plan.name, policy, learner, moving_reference=moving, rewards=plan.rewards)
@@ -57,7 +64,7 @@ def run_grpo(context: Context, plan: GrpoPlan) -> None:
         say_what_learns(context, plan.name, policy)
 
     def measure(step: int) -> None:
-        result = measure_policy(policy, plan, seed=recipe.seed)
+        result = measure_policy(policy, plan, seed=recipe.seed, ranks=ranks)
         context.sinks.evaluation(plan.name, step, result.metrics, result.rows)
 
     if start == 0 and stage.evaluation is not None:
@@ -66,7 +73,7 @@ def run_grpo(context: Context, plan: GrpoPlan) -> None:
         context.sinks.step,
         refusing_stale(stage.sampling),
         Advice(context.sinks),
-        saying_plain(context, forward),
+        saying_plain(context, learner.forward),
         saying_halved(context, learner),
         refreshing(stage.algorithm.reference_refresh, policy, reference),
         evaluating(stage.evaluation, measure),
@@ -84,7 +91,8 @@ def run_grpo(context: Context, plan: GrpoPlan) -> None:
             sampler=sampler,
             rewards=plan.rewards,
             learner=learner,
-            folder=context.folder.path,
+            folder=context.folder.path if ranks.is_first else None,
+            ranks=ranks,
         )
         train(parts, start=start, report=report)
     finish(context, plan.name, policy, recipe.model_of(stage), steps=stage.steps)
@@ -101,7 +109,13 @@ def refreshing(settings: ReferenceRefresh | None, policy: Policy, reference: Pol
 
 
 def measure_policy(
-    policy: Policy, plan: GrpoPlan, *, seed: int, num_samples: int | None = None, pass_at: tuple[int, ...] = ()
+    policy: Policy,
+    plan: GrpoPlan,
+    *,
+    seed: int,
+    num_samples: int | None = None,
+    pass_at: tuple[int, ...] = (),
+    ranks: Ranks = ALONE,
 ) -> Evaluation:
     """The policy on the stage's held-out prompts: greedy, and sampled as the stage samples. The same noise each time.
 
@@ -115,8 +129,8 @@ def measure_policy(
     return evaluate(
         plan.held_out,
         plan.held_out_rewards,
-        greedy=make_sampler(backend, policy, decoding.greedy()),
-        sampled=make_sampler(backend, policy, decoding) if count else None,
+        greedy=make_sampler(backend, policy, decoding.greedy(), ranks),
+        sampled=make_sampler(backend, policy, decoding, ranks) if count else None,
         num_samples=count,
         seed=derive_seed(seed, plan.name),
         pass_at=pass_at,

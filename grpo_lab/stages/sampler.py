@@ -10,6 +10,7 @@ from grpo_lab.policy.load import has_adapter
 from grpo_lab.policy.served import base_network, whole_weights, write_config, write_served
 from grpo_lab.recipe.schema import GrpoStage, Model, Sampling
 from grpo_lab.sampling import make_sampler
+from grpo_lab.sampling.dealt import FirstSampler
 from grpo_lab.sampling.decoding import Decoding, Sampler
 from grpo_lab.sampling.transfer import INEXACT, Transfer
 from grpo_lab.sampling.vllm_server import VllmServerSampler
@@ -25,7 +26,10 @@ def stage_sampler(context: Context, stage: GrpoStage, policy: Policy, *, version
     """The sampler of a stage whose policy has learnt `version` steps; what it started is stopped in the end."""
     settings, decoding = stage.sampling, Decoding.of(stage.sampling)
     if not settings.has_own_weights:
-        yield make_sampler(settings.backend, policy, decoding)
+        yield make_sampler(settings.backend, policy, decoding, context.ranks)
+        return
+    if not context.ranks.is_first:
+        yield FirstSampler(None, context.ranks)
         return
     assert settings.vllm is not None
     context.mark_inexact(INEXACT)
@@ -41,7 +45,7 @@ def stage_sampler(context: Context, stage: GrpoStage, policy: Policy, *, version
 
         sampler = VllmSampler(policy, decoding, settings.vllm, transfer, version=version)
     try:
-        yield sampler
+        yield sampler if context.ranks.world == 1 else FirstSampler(sampler, context.ranks)
     finally:
         sampler.close()
         shutil.rmtree(transfer.folder, ignore_errors=True)

@@ -48,6 +48,14 @@ class Tracking(Block):
     """Also send the last stage's model to the hub."""
 
 
+class Distributed(Block):
+    """How several processes share a run (torchrun, accelerate launch, `train --nproc`)."""
+
+    strategy: Literal["ddp", "fsdp2"] = "ddp"
+    """ddp: every process holds all weights. fsdp2: gradients, optimiser state and the trained weights lie in pieces over
+    the processes, beside whole weights to sample from; for stages in which all weights learn."""
+
+
 class Recipe(Block):
     """A run: a model and the stages it goes through."""
 
@@ -67,6 +75,8 @@ class Recipe(Block):
     """The policy."""
     stages: Annotated[dict[StageName, Stage], Field(min_length=1)]
     """The stages, in order; the key is the stage's name and folder."""
+    distributed: Distributed = Distributed()
+    """How several processes share the work; one process needs none of it."""
     tracking: Tracking = Tracking()
     """What is written beside the metrics."""
 
