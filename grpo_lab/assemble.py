@@ -213,7 +213,7 @@ def _check_processes(recipe: Recipe, num_processes: int, found: Problems) -> Non
         if in_pieces and "8bit" in stage.optimizer.name:
             message = f"{stage.optimizer.name} cannot keep its state in pieces (distributed.strategy: fsdp2); set adamw"
             found.add(("stages", name, "optimizer", "name"), message)
-        if isinstance(stage, GrpoStage) and stage.engine == "trl" and (in_pieces or num_processes > 1):
+        if stage.engine == "trl" and (in_pieces or num_processes > 1):
             message = (
                 "trl trains in one process here: over several its trainer deals prompts, reduces losses and saves in its "
                 "own way, which nothing compares with ours; use engine: native, or one process and strategy ddp"

@@ -52,7 +52,7 @@ class VllmSampler:
         with undisturbed():
             self._load(policy)
 
-    def sample(self, examples: list[Example], *, num_generations: int, seed: int) -> list[Group]:
+    def sample(self, examples: list[Example], *, num_generations: int, seed: int, first_group: int = 0) -> list[Group]:
         """`num_generations` completions for each example."""
         for example in examples:
             if len(example.prompt_ids) + self.decoding.max_completion_length > self.max_length:
@@ -63,7 +63,9 @@ class VllmSampler:
         self._wake()
         prompts: Any = [{"prompt_token_ids": list(example.prompt_ids)} for example in examples]
         params = [
-            sampling_params(self.decoding, self.policy, num_generations, derive_seed(seed, "noise", index))
+            sampling_params(
+                self.decoding, self.policy, num_generations, derive_seed(seed, "noise", first_group + index)
+            )
             for index in range(len(examples))
         ]
         with undisturbed():

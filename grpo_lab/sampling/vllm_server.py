@@ -91,7 +91,7 @@ class VllmServerSampler:
         self.version += 1
         self._send(policy)
 
-    def sample(self, examples: list[Example], *, num_generations: int, seed: int) -> list[Group]:
+    def sample(self, examples: list[Example], *, num_generations: int, seed: int, first_group: int = 0) -> list[Group]:
         """`num_generations` completions for each example.
 
         Raises:
@@ -103,7 +103,7 @@ class VllmServerSampler:
         def answer(index: int) -> Group:
             server, model = self.servers[index % count], self._models[index % count]
             name = version_name(self.version) if self._has_adapter else model
-            seed_of_group = derive_seed(seed, "noise", index)
+            seed_of_group = derive_seed(seed, "noise", first_group + index)
             body = request_body(self.decoding, self.policy, examples[index], num_generations, seed_of_group)
             found = server.post("/v1/completions", {"model": name, **body})
             return Group(examples[index], completions(self.policy, found, server.url), self.version)
