@@ -263,5 +263,5 @@ def test_three_steps_of_trl_with_its_own_engine(cli, bases, tmp_path):
         cli, tmp_path, name, base=bases["tied"], backend="vllm", vllm="{cache_gib: 1}", engine="trl", beta=0, limit=0.1
     )
     assert len(steps) == 3
-    assert all(0 < step["lab/sampler_gap"] < 0.02 for step in steps)
+    assert all(0 < step["lab/sampler_gap"] < 0.05 for step in steps)
     assert any(step["grad_norm"] > 0 for step in steps)
