@@ -57,7 +57,7 @@ def measure_rows(
     """Over all learned tokens of all rows, each counted once whatever it weighs in training: the mean negative
     log-likelihood (nats), its exponential, and the share that is the model's first choice."""
     policy.model.eval()
-    forward = PolicyForward(policy.model, temperature=1.0, packed=packed)
+    forward = PolicyForward(policy.model, temperature=1.0, packed=packed, first_choices=True)
     total, count, right = 0.0, 0, 0
     own = range(len(rows))[ranks.share(len(rows))]
     for first in range(0, len(own), rows_at_once):
