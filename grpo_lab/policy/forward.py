@@ -16,8 +16,8 @@ from grpo_lab.attention.packed import PackedAttention
 from grpo_lab.attention.probe import parts, why_plain
 from grpo_lab.types import Batch, LogpsAndEntropy, Policy
 
-# The most completion tokens whose activations are held for the backward pass, if no micro-batch size is given. More
-# would be no faster.
+# The most tokens whose activations are held for the backward pass, if no micro-batch size is given: of completions, and
+# of prompts that have one each. More would be no faster.
 TOKENS_HELD = 4096
 
 
@@ -53,21 +53,25 @@ class PolicyForward(nn.Module):
         return plain_forward(self.model, batch, temperature=self.temperature, entropy_gradient=self.entropy_gradient)
 
     def micro_batches(self, batch: Batch, size: int | None) -> list[tuple[int, int]]:
-        """Where to cut a batch: `size` rows each, or whole groups, as many as the bounds on tokens and logits allow."""
+        """Where to cut a batch: `size` rows each, or whole groups, as many as the bounds on tokens and logits allow.
+
+        Tokens of a prompt count where it has one completion only; shared by many they are few.
+        """
         if size is not None:
             return [(start, min(start + size, batch.num_rows)) for start in range(0, batch.num_rows, size)]
         vocabulary = self.model.get_output_embeddings().weight.shape[0]
         tokens = batch.completion_mask.sum(1)
         if not self.packed or why_plain(self.model) is not None:
             tokens = torch.full_like(tokens, batch.completion_ids.shape[1])
-        most = min(TOKENS_HELD, LOGITS_HELD // vocabulary)
-        cuts, held = [0], 0
+        prompts = batch.prompt_mask.sum(1).tolist()
+        cuts, held, logits = [0], 0, 0
         for start, stop in _groups(batch.prompt_index.tolist()):
             own = int(tokens[start:stop].sum())
-            if held > 0 and held + own > most:
+            read = prompts[int(batch.prompt_index[start])] if stop - start == 1 else 0
+            if held > 0 and (held + own + read > TOKENS_HELD or logits + own > LOGITS_HELD // vocabulary):
                 cuts.append(start)
-                held = 0
-            held += own
+                held = logits = 0
+            held, logits = held + own + read, logits + own
         return list(pairwise([*cuts, batch.num_rows]))
 
 
