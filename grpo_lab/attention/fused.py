@@ -5,6 +5,7 @@ one function with a gradient of its own, which keeps its inputs only. A layer is
 what the layer did before, values and gradients; elsewhere it stays as it is.
 """
 
+import copy
 from collections.abc import Callable
 from functools import cache, partial
 from types import FunctionType, MethodType
@@ -17,7 +18,8 @@ from torch.func import functional_call
 # How far values and gradients may differ from the layer's own, as a share of the largest.
 _TOLERANCE = 1e-5
 _ROTARY = "apply_rotary_pos_emb"  # what transformers' models call to rotate queries and keys
-_MLP = {"gate_proj", "up_proj", "down_proj", "act_fn"}
+_SMALL = {"gate_proj": (8, 6), "up_proj": (8, 6), "down_proj": (6, 8)}
+_MLP = {*_SMALL, "act_fn"}
 _AT_ONCE = 1 << 15  # numbers that stay in a core's cache over some passes
 
 
@@ -114,14 +116,14 @@ def _mlp_forward(self: Any, x: Tensor) -> Tensor:
     return self.down_proj(gated(self.gate_proj(x), self.up_proj(x)))  # type: ignore[no-any-return]
 
 
-def fuse(model: nn.Module, *, hidden_size: int) -> None:
+def fuse(model: nn.Module) -> None:
     """Give a float32 model's norms, attention and MLPs the functions above, wherever nothing but rounding changes."""
     proved: dict[tuple[type, Any, type], Callable[..., Any] | None] = {}
     for module in model.modules():
         activation = dict(module.named_children()).get("act_fn")
         kind = (type(module), vars(module).get("variance_epsilon"), type(activation))
         if kind not in proved:
-            proved[kind] = _fewer_passes(module, hidden_size)
+            proved[kind] = _fewer_passes(module)
         forward = proved[kind]
         if forward is not None:
             module.forward = MethodType(forward, module)
@@ -136,14 +138,14 @@ def unfuse(model: nn.Module) -> None:
 
 
 @torch.enable_grad()
-def _fewer_passes(module: nn.Module, hidden_size: int) -> Callable[..., Any] | None:
+def _fewer_passes(module: nn.Module) -> Callable[..., Any] | None:
     """The function that computes what this layer does in fewer passes; None where there is none or it is not the same."""
     theirs = type(module).forward
     if "variance_epsilon" in vars(module) and [name for name, _ in module.named_parameters()] == ["weight"]:
         return _norm_forward if _same_norm(module) else None
     if {name for name, _ in module.named_children()} == _MLP:
-        x = _some(3, hidden_size)
-        return _mlp_forward if _same(module, partial(_mlp_forward, module), x) else None
+        small = _small_mlp(module)
+        return _mlp_forward if _same(partial(theirs, small), partial(_mlp_forward, small), _some(3, 8)) else None
     if isinstance(theirs, FunctionType) and _ROTARY in theirs.__code__.co_names:
         q, k, angles = _some(1, 2, 3, 8), _some(1, 1, 3, 8), {"cos": _some(1, 3, 8), "sin": _some(1, 3, 8)}
         if _same(partial(theirs.__globals__[_ROTARY], **angles), partial(rotated, **angles), q, k):
@@ -169,6 +171,16 @@ def _rotating(theirs: FunctionType) -> FunctionType:
 
 
 _GIVEN: set[Callable[..., Any]] = {_norm_forward, _mlp_forward}
+
+
+def _small_mlp(module: nn.Module) -> nn.Module:
+    """The same code with small linear layers, so that trying it costs nothing whatever the model's size and device."""
+    small = copy.copy(module)
+    linears = {name: nn.Linear(*sizes, device="meta") for name, sizes in _SMALL.items()}
+    for linear in linears.values():
+        linear.weight, linear.bias = (nn.Parameter(_some(*p.shape)) for p in (linear.weight, linear.bias))
+    small._modules = {**module._modules, **linears}
+    return small
 
 
 def _same_norm(module: Any) -> bool:

@@ -76,12 +76,11 @@ def _compared(model: nn.Module, base: Any) -> str | None:
     training = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        config = base.config.get_text_config()
-        batch = _small_batch(config.vocab_size)
+        batch = _small_batch(base.config.get_text_config().vocab_size)
         unfuse(base)  # a copy of a fused model
         theirs = torch.cat([_plain_logits(model, batch, row) for row in range(batch.num_rows)]).float()
         if base.dtype == torch.float32:
-            fuse(base, hidden_size=config.hidden_size)
+            fuse(base)
         packed = PackedBatch.of(batch)
         attending = PackedAttention(packed)
         decoder, head = parts(model)

@@ -62,7 +62,7 @@ def test_the_layers_that_are_proved_equal_are_fused_and_a_pass_with_gradients_st
 
     assert fused(model) == set()
     before = outcome(model)
-    fuse(model, hidden_size=model.config.hidden_size)
+    fuse(model)
     assert fused(model) == expected
     torch.testing.assert_close(outcome(model), before, atol=2e-5, rtol=1e-4)
     unfuse(model)
@@ -90,7 +90,7 @@ def test_a_norm_that_adds_one_to_its_weight_keeps_its_own_way():
             return nn.functional.rms_norm(x, (4,), 1 + self.weight, self.variance_epsilon)
 
     module = PlusOne()
-    fuse(module, hidden_size=4)
+    fuse(module)
     assert fused(module) == set()
 
 
