@@ -110,6 +110,10 @@ def test_the_rollouts_of_two_processes_are_those_of_one(found, backend):
     assert found["one prompt"] == 2
 
 
+def test_what_the_first_process_asks_a_server_for_all_get(found):
+    assert found["asked"]
+
+
 @pytest.mark.parametrize("name", ["accuracy", "remembers", "whole_batch"])
 def test_the_scores_of_two_processes_are_those_of_one(found, name):
     scored = found[f"scored: {name}"]

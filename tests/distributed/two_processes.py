@@ -25,6 +25,7 @@ from grpo_lab.policy.load import load_policy
 from grpo_lab.policy.trainable import fingerprint
 from grpo_lab.recipe.schema import GrpoStage, Model, RewardTerm
 from grpo_lab.sampling import make_sampler
+from grpo_lab.sampling.dealt import FirstSampler
 from grpo_lab.sampling.decoding import Decoding
 from grpo_lab.scoring import bind, discover
 from grpo_lab.scoring.dealt import dealt
@@ -293,6 +294,10 @@ def parts(ranks: Ranks, policy: Policy, tokenizer: Any) -> Iterator[tuple[str, A
         }  # fmt: skip
         if backend == "native":
             groups = alone
+    asked = FirstSampler(make_sampler("native", eager, decoding) if ranks.is_first else None, ranks)
+    asked.sync(eager)
+    answers = asked.sample(examples, num_generations=3, seed=5)
+    yield "asked", answers == groups
     few = make_sampler("native", eager, decoding, ranks).sample(examples[:1], num_generations=2, seed=5)
     yield "one prompt", len(few[0].completions)
     registry = discover([sys.argv[2]])
