@@ -31,6 +31,7 @@ from grpo_lab.policy.load import context_length, eos_ids, generation_config, loa
 from grpo_lab.recipe import LoadedRecipe, Recipe, SourceMap
 from grpo_lab.recipe.schema import Data, GrpoStage, RewardTerm, SftStage, TokenizerBuild
 from grpo_lab.scoring import Registry, Settings, Workers, bind, discover, problems
+from grpo_lab.scoring.early import NONE_EARLY
 from grpo_lab.seeds import derive_seed
 from grpo_lab.stages.plan import GrpoPlan, SftPlan
 from grpo_lab.types import Example
@@ -95,8 +96,9 @@ class Problems:
             raise RecipeError(self.found)
 
 
-def assemble(loaded: LoadedRecipe, *, tokenizer_folder: Path | None = None) -> Plan:
-    """Build everything but the model. `tokenizer_folder` holds the tokenizer that an earlier start of the run made.
+def assemble(loaded: LoadedRecipe, *, tokenizer_folder: Path | None = None, num_processes: int = 1) -> Plan:
+    """Build everything but the model. `tokenizer_folder` holds the tokenizer that an earlier start of the run made,
+    `num_processes` is how many will train.
 
     Raises:
         RecipeError: every problem found, one line each, at its place in the recipe.
@@ -104,6 +106,7 @@ def assemble(loaded: LoadedRecipe, *, tokenizer_folder: Path | None = None) -> P
     recipe = loaded.recipe
     found = Problems(loaded.sources)
     _check_order(recipe, found)
+    _check_processes(recipe, num_processes, found)
     registry = found.attempt(("plugins",), lambda: discover(recipe.plugins))
     rows = {
         loc: found.attempt(loc, lambda data=data: load_rows(data, root=Path(recipe.data_root or "."), seed=recipe.seed))
@@ -200,6 +203,31 @@ def base_is_local(recipe: Recipe) -> bool:
             return recipe.model.path is None or Path(recipe.model.path).is_dir()
 
 
+def _check_processes(recipe: Recipe, num_processes: int, found: Problems) -> None:
+    """What several processes, or weights in pieces, cannot do."""
+    in_pieces = recipe.distributed.strategy == "fsdp2"
+    for name, stage in recipe.stages.items():
+        model = recipe.model_of(stage)
+        if in_pieces and (model.lora is not None or model.quantization is not None):
+            message = f"fsdp2 is for stages in which all weights learn, and {name} learns an adapter; ddp is for those"
+            found.add(("distributed", "strategy"), message)
+        if in_pieces and "8bit" in stage.optimizer.name:
+            message = f"{stage.optimizer.name} cannot keep its state in pieces (distributed.strategy: fsdp2); set adamw"
+            found.add(("stages", name, "optimizer", "name"), message)
+        if stage.engine == "trl" and (in_pieces or num_processes > 1):
+            message = (
+                "trl trains in one process here: over several its trainer deals prompts, reduces losses and saves in its "
+                "own way, which nothing compares with ours; use engine: native, or one process and strategy ddp"
+            )
+            found.add(("stages", name, "engine"), message)
+        if isinstance(stage, GrpoStage) and stage.sampling.backend == "vllm" and num_processes > 1:
+            message = "vLLM in this process samples for one process; with several use vllm-server, or native"
+            found.add(("stages", name, "sampling", "backend"), message)
+        if isinstance(stage, GrpoStage) and stage.score_while_sampling and num_processes > 1:
+            message = "several processes score when all have sampled; leave it out, or use one process"
+            found.add(("stages", name, "score_while_sampling"), message)
+
+
 @dataclass(frozen=True)
 class Builder:
     """Builds stages from loaded rows; whatever is wrong goes to `found`."""
@@ -241,7 +269,7 @@ class Builder:
             loss_on=stage.loss_on,
             max_length=min(stage.max_length or self.context_length, self.context_length),
             learn_turns=stage.learn_turns,
-            key_tokens=stage.key_tokens,
+            key_tokens=stage.key_tokens if data is stage.data else None,  # held-out tokens count once
         )
         for problem in check_training_rows(rows):
             self.found.add(loc, problem)
@@ -274,11 +302,7 @@ class Builder:
         workers = Workers(Settings(stage.reward_workers, stage.reward_timeout_seconds, stage.reward_memory_gib))
         rewards = bind(stage.reward_terms, self.registry, workers)
         if stage.score_while_sampling and not rewards.early_terms:
-            self.found.add(
-                (*loc, "score_while_sampling"),
-                "no reward here can be called early: it takes code, judge or one of your own (a plugin's, a package's, a dotted "
-                "path's), a function over completion without only_if, or over group; leave it out",
-            )
+            self.found.add((*loc, "score_while_sampling"), NONE_EARLY)
             return None
         return GrpoPlan(name, stage, stream, rewards, held_out, bind(terms, self.registry, workers), workers)
 

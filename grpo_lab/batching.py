@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -16,6 +17,8 @@ from grpo_lab.algorithm.advantages import (
 from grpo_lab.algorithm.entropy import high_entropy_mask
 from grpo_lab.algorithm.kl import KL_ESTIMATORS
 from grpo_lab.algorithm.weights import token_weights
+from grpo_lab.distributed.dealing import by_all
+from grpo_lab.distributed.ranks import ALONE, Ranks
 from grpo_lab.padding import length_mask, pad_left, pad_right
 from grpo_lab.policy.forward import PolicyForward, reference_logps, without_gradient
 from grpo_lab.recipe.schema import Algorithm, GrpoStage
@@ -58,12 +61,12 @@ def pad(groups: Sequence[Group], policy: Policy) -> Batch:
     return replace(batch, sampler_logps=padded.to(batch.completion_ids.device))
 
 
-def with_logps(batch: Batch, policy: Policy, reference: Policy | None, stage: GrpoStage) -> Batch:
+def with_logps(batch: Batch, policy: Policy, reference: Policy | None, stage: GrpoStage, ranks: Ranks = ALONE) -> Batch:
     """Add log pi_old where rows are used more than once or the reward has the KL in it, log pi_ref where beta > 0, and
     the entropy under pi_old where the policy learns from undecided tokens only.
 
     With one update per batch the policy of the update is the policy that sampled: the ratio is exactly 1 and old
-    log-probs need no forward pass.
+    log-probs need no forward pass. With several processes each computes some rows, and all get all of them.
     """
     algorithm, temperature, size = stage.algorithm, stage.sampling.temperature, stage.micro_batch_size
     has_kl = algorithm.beta > 0 and reference is not None
@@ -73,13 +76,12 @@ def with_logps(batch: Batch, policy: Policy, reference: Policy | None, stage: Gr
     needs_entropy = algorithm.top_entropy_quantile < 1
     if needs_old or needs_entropy:
         forward = PolicyForward(policy.model, temperature=temperature)
-        old = without_gradient(forward, batch, micro_batch_size=size)
-        batch = replace(
-            batch, old_logps=old.logps if needs_old else None, old_entropy=old.entropy if needs_entropy else None
-        )
+        logps, entropy = by_all(batch, ranks, lambda rows: without_gradient(forward, rows, micro_batch_size=size))
+        batch = replace(batch, old_logps=logps if needs_old else None, old_entropy=entropy if needs_entropy else None)
     if has_kl:
         assert reference is not None
-        ref = reference_logps(reference, batch, temperature=temperature, micro_batch_size=size)
+        under = partial(reference_logps, reference, temperature=temperature, micro_batch_size=size)
+        (ref,) = by_all(batch, ranks, lambda rows: (under(rows),))
         batch = replace(batch, ref_logps=ref)
     return batch
 

@@ -36,8 +36,13 @@ def train(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="check everything and show sizes; train nothing")] = False,
     as_json: Json = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="show only what went wrong")] = False,
+    nproc: Annotated[int, typer.Option(min=1, help="train with so many processes on this machine")] = 1,
 ) -> None:
     """Take a model through a recipe's stages."""
+    if nproc > 1 and not dry_run and "WORLD_SIZE" not in os.environ:
+        from grpo_lab.commands.launching import launch
+
+        raise typer.Exit(launch(sys.argv[1:], nproc))
     from grpo_lab.commands import training
 
     overrides = [*(overrides or [])]

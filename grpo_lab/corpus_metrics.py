@@ -82,7 +82,7 @@ def _classification(options: Mapping[str, Any]) -> CorpusMetric:
 
 def _classification_values(labels: Sequence[str], sums: Statistics) -> Values:
     each = {label: f1(*sums[2 + 3 * place : 5 + 3 * place]) for place, label in enumerate(labels)}
-    values = {"accuracy": divided(sums[1], sums[0]), "macro_f1": divided(sum(each.values()), len(labels))}
+    values = {"accuracy": divided(sums[1], sums[0]), "macro_f1": divided(sum(each.values()), float(len(labels)))}
     return values | {f"f1_{label}": value for label, value in each.items()}
 
 

@@ -41,6 +41,12 @@ class NumericError(GrpoLabError, ArithmeticError):
     exit_code = 6
 
 
+class StaleWeightsError(GrpoLabError):
+    """Completions were sampled by other weights than those that learn from them."""
+
+    exit_code = 6
+
+
 class CheckpointError(GrpoLabError):
     """A checkpoint cannot be read, or does not belong to this recipe."""
 

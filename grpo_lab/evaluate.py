@@ -80,10 +80,13 @@ def arm_metrics(groups: Sequence[Group], scores: Scores) -> dict[str, float]:
 
 
 def mean_and_interval(values: Float[Tensor, "P G"]) -> tuple[float, float, float]:
-    """The mean over prompts and its 95 % interval: Wilson for one 0/1 value per prompt, else bootstrap over prompts."""
+    """The mean over prompts and its 95 % interval: Wilson where each prompt is wholly 0 or 1, else bootstrap over prompts.
+
+    A bootstrap of prompts that were all right, in every sample or seed, would have no width.
+    """
     per_prompt = values[~values.isnan().all(1)].double().nanmean(1)
     mean = float(per_prompt.mean())
-    if values.shape[1] == 1 and torch.isin(per_prompt, torch.tensor([0.0, 1.0], dtype=torch.float64)).all():
+    if torch.isin(per_prompt, torch.tensor([0.0, 1.0], dtype=torch.float64)).all():
         return mean, *wilson_interval(int(per_prompt.sum()), len(per_prompt))
     return mean, *bootstrap_interval(per_prompt)
 

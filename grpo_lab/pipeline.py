@@ -9,6 +9,7 @@ import torch
 from rich.console import Console
 
 from grpo_lab.assemble import Plan, assemble
+from grpo_lab.distributed.ranks import ALONE, Ranks
 from grpo_lab.engines.learner import is_out_of_memory
 from grpo_lab.engines.trl_config import INEXACT
 from grpo_lab.errors import GrpoLabError, SetupError, StopRequested
@@ -16,16 +17,19 @@ from grpo_lab.policy.load import load_policy, write_policy
 from grpo_lab.publish import Publisher, ready
 from grpo_lab.recipe import LoadedRecipe, resolved_yaml
 from grpo_lab.recipe.schema import GrpoStage
+from grpo_lab.sampling.vllm_needs import require_vllm
 from grpo_lab.scoring import start_nursery
+from grpo_lab.scoring.dealt import scores_here
 from grpo_lab.stages.grpo import run_grpo
-from grpo_lab.stages.plan import SftPlan
+from grpo_lab.stages.plan import GrpoPlan, SftPlan
 from grpo_lab.stages.running import Context, StopSignal
 from grpo_lab.stages.sft import run_sft
 from grpo_lab.tracking.console import ConsoleSink
+from grpo_lab.tracking.environment import environment
 from grpo_lab.tracking.folders import save_folder_atomic, verify_folder
 from grpo_lab.tracking.jsonl import JsonlSink
-from grpo_lab.tracking.run_folder import RunFolder
-from grpo_lab.tracking.sinks import Sink, Sinks
+from grpo_lab.tracking.run_folder import RunFolder, SharedRunFolder
+from grpo_lab.tracking.sinks import SilentSink, Sink, Sinks
 from grpo_lab.tracking.wandb import WandbSink
 
 
@@ -40,11 +44,14 @@ def quiet_libraries() -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it misses a package that it does not need
 
 
-def train_recipe(loaded: LoadedRecipe, recipe_text: str, *, go_on: bool, console: Console, quiet: bool) -> Path:
+def train_recipe(
+    loaded: LoadedRecipe, recipe_text: str, *, go_on: bool, console: Console, quiet: bool, ranks: Ranks = ALONE
+) -> Path:
     """Train every stage that is not finished and return the run's folder.
 
     Args:
         go_on: continue the run of this name, if there is one; otherwise a folder that exists is refused.
+        ranks: this process's place, where several train together; only the first of them writes and speaks.
     """
     recipe = loaded.recipe
     if recipe.num_threads is not None:
@@ -54,19 +61,24 @@ def train_recipe(loaded: LoadedRecipe, recipe_text: str, *, go_on: bool, console
     if recipe.plugins or any("." in name for name in names):
         start_nursery()  # while everything else is read and loaded
     with StopSignal() as stop:
-        going_on = go_on and path.exists()
+        going_on = ranks.from_first(lambda: go_on and path.exists())
         base = path / "base"
-        plan = assemble(loaded, tokenizer_folder=base if going_on and base.exists() else None)
-        others = _other_sinks(plan, path, console, quiet=quiet)
-        push = recipe.tracking.push
+        folder = base if going_on and base.exists() else None
+        plan = assemble(loaded, tokenizer_folder=folder, num_processes=ranks.world)
+        ranks.refuse_differences("recipe or data", (resolved_yaml(recipe), plan.hashes))
+        for each in plan.stages:
+            if isinstance(each, GrpoPlan):
+                require_vllm(each.stage, recipe.model_of(each.stage))
+        others = _other_sinks(plan, path, console, quiet=quiet) if ranks.is_first else []
+        push = recipe.tracking.push if ranks.is_first else None
         if push is not None:
             ready(push.repo, public=push.public)  # before anything is made: what is wrong now would be after hours too
-        with _open(plan, path, recipe_text, going_on=going_on) as run:
-            files = JsonlSink(run, rollouts=recipe.tracking.rollouts)
+        with _open(plan, path, recipe_text, going_on=going_on, ranks=ranks) as run:
+            files = JsonlSink(run, rollouts=recipe.tracking.rollouts) if ranks.is_first else SilentSink()
             sinks = Sinks(files, others)
             try:
                 hub = None if push is None else Publisher(recipe, path, push, sinks)
-                _run_stages(plan, run, files, sinks, stop, hub)
+                _run_stages(plan, run, files, sinks, stop, hub, ranks)
                 run.set_status("finished")
                 if hub is not None:
                     hub.finish()
@@ -87,10 +99,16 @@ def train_recipe(loaded: LoadedRecipe, recipe_text: str, *, go_on: bool, console
 
 
 def _run_stages(
-    plan: Plan, run: RunFolder, files: JsonlSink, sinks: Sinks, stop: StopSignal, hub: Publisher | None
+    plan: Plan,
+    run: RunFolder,
+    files: JsonlSink | SilentSink,
+    sinks: Sinks,
+    stop: StopSignal,
+    hub: Publisher | None,
+    ranks: Ranks,
 ) -> None:
     """Each stage starts from what it names: the one before, an earlier one, or the recipe's model."""
-    base = _base(plan, run)
+    base = ranks.from_first(lambda: _base(plan, run))
     starts = {"base": base, "previous": base}
     for stage in plan.stages:
         start = starts[stage.stage.start_from]
@@ -102,13 +120,16 @@ def _run_stages(
             if stage.stage.engine == "trl":
                 run.mark_inexact(INEXACT)
             publish = None if hub is None else hub.checkpoint
-            context = Context(plan.recipe, plan.tokenizer, folder, start, files, sinks, stop, run.mark_inexact, publish)
+            context = Context(
+                plan.recipe, plan.tokenizer, folder, start, files, sinks, stop, run.mark_inexact, publish, ranks
+            )
             if isinstance(stage, SftPlan):
                 run_sft(context, stage)
             else:
                 with stage.workers as workers:  # they start while the model loads
-                    workers.log = folder.path / "rewards.log"
-                    workers.start(stage.rewards.terms)
+                    workers.log = folder.path / ("rewards.log" if ranks.is_first else f"rewards-{ranks.rank}.log")
+                    if scores_here(stage.rewards, ranks):
+                        workers.start(stage.rewards.terms)
                     run_grpo(context, stage)
         starts["previous"] = starts[stage.name] = folder.final
 
@@ -127,7 +148,14 @@ def _base(plan: Plan, run: RunFolder) -> Path | None:
     return base
 
 
-def _open(plan: Plan, path: Path, recipe_text: str, *, going_on: bool) -> RunFolder:
+def _open(plan: Plan, path: Path, recipe_text: str, *, going_on: bool, ranks: Ranks) -> RunFolder:
+    """The run's folder; the first process makes or takes it before any other looks into it."""
+    run = _own(plan, path, recipe_text, going_on=going_on, ranks=ranks) if ranks.is_first else SharedRunFolder(path)
+    ranks.wait()
+    return run
+
+
+def _own(plan: Plan, path: Path, recipe_text: str, *, going_on: bool, ranks: Ranks) -> RunFolder:
     recipe = plan.recipe
     plugins = [Path(plugin) for plugin in recipe.plugins]
     # the run keeps copies of its plugins, so its resolved recipe works without the originals
@@ -139,12 +167,12 @@ def _open(plan: Plan, path: Path, recipe_text: str, *, going_on: bool) -> RunFol
             recipe_text=recipe_text,
             resolved_text=resolved,
             plugins=plugins,
-            facts={"hashes": plan.hashes, "labels": plan.labels},
+            facts={"hashes": plan.hashes, "labels": plan.labels, "environment": environment(ranks.world)},
         )
     run = RunFolder.open(path)
     try:
         run.refuse_changes(resolved_text=resolved, plugins=plugins, hashes=plan.hashes)
-        run.compare_environment()
+        run.compare_environment(ranks.world)
         run.set_status("running")
     except GrpoLabError:
         run.close()

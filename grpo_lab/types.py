@@ -6,6 +6,7 @@ V vocabulary.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -46,10 +47,15 @@ class Completion:
 
 @dataclass(frozen=True)
 class Group:
-    """The unit GRPO compares within: one prompt and its G completions. It is never split and never regrouped."""
+    """The unit GRPO compares within: one prompt and its G completions. It is never split and never regrouped.
+
+    `policy_version` is how many steps the policy that sampled had learnt, as a sampler with weights of its own states it;
+    None where the sampler uses the trained weights themselves.
+    """
 
     example: Example
     completions: tuple[Completion, ...]
+    policy_version: int | None = None
 
 
 class Progress(NamedTuple):
@@ -117,6 +123,12 @@ class Batch:
     @property
     def num_rows(self) -> int:
         return int(self.completion_ids.shape[0])
+
+    def groups(self) -> list[tuple[int, int]]:
+        """Runs of rows with the same prompt, as (start, stop)."""
+        prompts = self.prompt_index.tolist()
+        starts = [row for row, prompt in enumerate(prompts) if row == 0 or prompt != prompts[row - 1]]
+        return list(pairwise([*starts, len(prompts)]))
 
     def rows(self, start: int, stop: int) -> "Batch":
         """Rows start..stop, cut to their longest prompt and completion (padding changes nothing)."""

@@ -146,9 +146,15 @@ def test_an_interval_is_over_prompts_and_not_over_samples():
     assert (low, high) == pytest.approx(bootstrap_interval(torch.tensor([1.0, 0.0, 0.5])))
 
 
-@pytest.mark.parametrize("values", [[[0.0], [0.5], [1.0]], [[0.0], [2.0], [2.0]], [[0.0, 0.0], [1.0, 1.0], [1.0, 1.0]]])
-def test_all_but_single_values_of_0_and_1_have_a_bootstrap_interval(values):
-    per_prompt = torch.tensor(values)[:, 0]
+def test_prompts_that_are_right_in_every_sample_have_an_interval_with_a_width():
+    assert mean_and_interval(torch.ones(200, 2)) == pytest.approx((1.0, 0.981154, 1.0), abs=1e-6)  # Wilson, 200 of 200
+    mixed = torch.tensor([[0.0, 0.0], [1.0, 1.0], [1.0, NAN]])
+    assert mean_and_interval(mixed) == mean_and_interval(mixed[:, :1])
+
+
+@pytest.mark.parametrize("values", [[[0.0], [0.5], [1.0]], [[0.0], [2.0], [2.0]], [[0.0, 1.0], [1.0, 1.0], [1.0, 1.0]]])
+def test_prompts_that_are_not_wholly_0_or_1_have_a_bootstrap_interval(values):
+    per_prompt = torch.tensor(values).mean(1)
     assert mean_and_interval(torch.tensor(values))[1:] == pytest.approx(bootstrap_interval(per_prompt))
 
 

@@ -530,6 +530,12 @@ def test_out_of_memory_exits_4_with_what_to_lower(train, run, monkeypatch):
     assert status(run) == "failed"
 
 
+def test_a_model_that_is_computed_the_slow_way_is_told_once_and_the_run_goes_on(train, run):
+    assert train("model.attention=eager").code == 0
+    said = [line["message"] for line in read_jsonl(run / "grpo" / "events.jsonl") if "slower" in line["message"]]
+    assert said == ["prompts and padding are computed for every row, several times slower: model.attention is eager"]
+
+
 def test_out_of_memory_at_a_micro_batch_halves_it_and_the_run_says_so(train, run, monkeypatch):
     original = vars(sys.modules["grpo_lab.policy.forward"])["packed_forward"]
 

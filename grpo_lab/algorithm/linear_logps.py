@@ -144,9 +144,9 @@ def _scaled_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperat
     return z if temperature == 1.0 else z.div_(temperature)
 
 
-def _chunks(num_rows: int, vocabulary: int, size: int | None, at_once: int = _LOGITS_AT_ONCE) -> list[tuple[int, int]]:
+def _chunks(num_rows: int, vocabulary: int, size: int | None, at_once: int | None = None) -> list[tuple[int, int]]:
     """Runs of rows, `size` each or as many as `at_once` logits allow."""
-    step = size or max(1, at_once // vocabulary)
+    step = size or max(1, (at_once or _LOGITS_AT_ONCE) // vocabulary)
     return [(start, min(start + step, num_rows)) for start in range(0, num_rows, step)]
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from grpo_lab.attention.fused import fuse, unfuse
 from grpo_lab.attention.interface import NAME, NotPackableError, packed_arguments
 from grpo_lab.attention.layout import PackedBatch
 from grpo_lab.attention.packed import PackedAttention
@@ -65,6 +66,7 @@ def _try(model: nn.Module) -> str | None:
         reason = _compared(model, base)
     if reason is not None:
         base.set_attn_implementation("sdpa")
+        unfuse(base)
     return reason
 
 
@@ -75,12 +77,15 @@ def _compared(model: nn.Module, base: Any) -> str | None:
     model.eval()
     try:
         batch = _small_batch(base.config.get_text_config().vocab_size)
+        unfuse(base)  # a copy of a fused model
+        theirs = torch.cat([_plain_logits(model, batch, row) for row in range(batch.num_rows)]).float()
+        if base.dtype == torch.float32:
+            fuse(base)
         packed = PackedBatch.of(batch)
         attending = PackedAttention(packed)
         decoder, head = parts(model)
         hidden = decoder(**packed_arguments(packed.ids[None], packed.positions[None], attending)).last_hidden_state[0]
         ours = head(hidden[packed.predicted_at])[packed.logits_row].float()
-        theirs = torch.cat([_plain_logits(model, batch, row) for row in range(batch.num_rows)]).float()
         error, size = float((ours - theirs).abs().max()), float(theirs.abs().max())
         if attending.num_calls == 0:
             return f"{base.config.model_type} computes attention by itself"

@@ -9,6 +9,7 @@ from grpo_lab.assemble import Plan, assemble
 from grpo_lab.bundled import find_recipe
 from grpo_lab.commands.rewards import measured_stage
 from grpo_lab.commands.showing import output, print_json, show_metrics, wide_console
+from grpo_lab.distributed.ranks import joined
 from grpo_lab.errors import RecipeError, UsageError
 from grpo_lab.inspection import describe_plan, show_plan
 from grpo_lab.pipeline import quiet_libraries, train_recipe
@@ -34,12 +35,14 @@ def load_with_limit(recipe: str, overrides: Sequence[str], max_steps: int | None
 
 
 def train(loaded: LoadedRecipe, recipe: str, *, go_on: bool, as_json: bool, quiet: bool) -> None:
-    """Train, then show what came of it."""
+    """Train, then show what came of it: alone, or as one of several processes that were started together."""
     quiet_libraries()
     console = QuietPipeConsole(stderr=True)
     text = find_recipe(recipe).read_text(encoding="utf-8")
-    summary = summarise(train_recipe(loaded, text, go_on=go_on, console=console, quiet=quiet))
-    output(summary, as_json=as_json, quiet=quiet)
+    with joined() as ranks:
+        run = train_recipe(loaded, text, go_on=go_on, console=console, quiet=quiet, ranks=ranks)
+        if ranks.is_first:
+            output(summarise(run), as_json=as_json, quiet=quiet)
 
 
 def dry_run(loaded: LoadedRecipe, *, as_json: bool) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 760, 320, 56, 16, 36, 44
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 760, 340, 56, 16, 60, 40
 COLOURS = ("#1f6feb", "#d1570a", "#1a7f37", "#8250df", "#cf222e")
 BLOCKS = "▁▂▃▄▅▆▇█"
 Number = int | float
@@ -37,6 +37,11 @@ def draw(title: str, curves: Sequence[Curve]) -> str:
         f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>',
         f'<text x="{LEFT}" y="20">{escape(title)}</text>',
     ]
+    names = [
+        f'<tspan fill="{COLOURS[index % len(COLOURS)]}" dx="{16 if index else 0}">{escape(curve.name)}</tspan>'
+        for index, curve in enumerate(curves)
+    ]
+    parts.append(f'<text x="{LEFT}" y="42">{"".join(names)}</text>')  # above the curves, so that it hides none
     for tick in up:
         x, y = map(float, place(0, tick).split(","))
         parts.append(f'<path d="M{x:.1f} {y:.1f}H{WIDTH - RIGHT}" stroke="#ddd"/>')
@@ -57,11 +62,6 @@ def draw(title: str, curves: Sequence[Curve]) -> str:
         for centre in (place(*each).split(",") for each in curve.rings if math.isfinite(each[1])):
             x_y = f'cx="{centre[0]}" cy="{centre[1]}"'
             parts.append(f'<circle {x_y} r="5" fill="none" stroke="{colour}" stroke-width="2"/>')
-        text_y = HEIGHT - BOTTOM - 16 * (len(curves) - index)
-        name = (
-            f'<text x="{WIDTH - RIGHT - 8}" y="{text_y}" text-anchor="end" fill="{colour}">{escape(curve.name)}</text>'
-        )
-        parts.append(name)
     return "\n".join([*(part for part in parts if part), "</svg>", ""])
 
 

@@ -1,7 +1,8 @@
 """The loss and gradient of one batch worked out by several real processes, each with some of its groups.
 
-The native engine trains in one process. What this shows is that its loss is a sum over rows whose weights come from the
-whole step: each process takes its groups with those weights, and the shares are added up by torch.distributed (gloo).
+What this shows is that the native engine's loss is a sum over rows whose weights come from the whole step: each process
+takes its groups with those weights, and the shares are added up by torch.distributed (gloo). How training itself is
+shared out is in distributed/.
 """
 
 import tempfile

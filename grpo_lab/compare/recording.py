@@ -1,14 +1,16 @@
 """One recorded batch to put two computations side by side: uneven lengths, unequal rewards, a reference that is another policy."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from grpo_lab.batching import pad
 from grpo_lab.engines.readout import Rollouts
 from grpo_lab.policy.forward import completion_logps, frozen_copy
-from grpo_lab.recipe.schema import GrpoStage
+from grpo_lab.recipe.schema import Algorithm, GrpoStage
 from grpo_lab.sampling.decoding import Decoding
 from grpo_lab.sampling.native import NativeSampler
 from grpo_lab.scoring import RewardSet
@@ -17,6 +19,7 @@ from grpo_lab.types import Completion, Example, Group, Policy, Scores
 
 REFERENCE_SPREAD = 0.2  # noise on every weight of the reference, as a share of the tensor's own std
 OLD_SPREAD = 0.3  # noise on every old log-prob (or on a completion's sum), in nats: ratios from about 0.4 to 2.5
+EDGE_MARGIN = 0.02  # nats that a token's ratio keeps from the edges of the clip: more than two SGD steps move it
 LONGEST_PRODUCT = 12  # tokens, where their log-probs are summed: float32 sums of more are off by the gates' own size
 ADAPTER_SPREAD = 0.05  # noise on every weight of a fresh adapter
 REWARD_LEVELS = (0.0, 0.25, 0.5, 1.0)
@@ -36,7 +39,8 @@ def record(
 ) -> Recording:
     """Sample completions and score them; the reference is another policy, so that its KL is not 0.
 
-    `off_policy`: the old log-probs are drawn around the policy's own, so that ratios lie on both sides of any clip.
+    `off_policy`: the old log-probs are drawn around the policy's own, so that ratios lie on both sides of any clip, and
+    none on its edge.
     Where a ratio is the product over a completion, its tokens' are drawn closer, or plain SGD would diverge on it.
     """
     groups = uneven(policy, list(examples), stage, seed=seed)
@@ -48,10 +52,42 @@ def record(
         generator = torch.Generator().manual_seed(derive_seed(seed, "old"))
         is_product = stage.algorithm.ratio_level == "sequence_sum"
         spread = OLD_SPREAD / own.shape[1] ** 0.5 if is_product else OLD_SPREAD
-        old_logps = torch.where(own == 0, own, own + spread * torch.randn(own.shape, generator=generator))
+        noise = spread * torch.randn(own.shape, generator=generator)
+        if stage.algorithm.ratio_level == "token":
+            noise = -off_the_edges(-noise, clip_edges(stage.algorithm))
+        old_logps = torch.where(own == 0, own, own + noise)
     weights = tuple(term.weight_at() for term in rewards.terms)
     reference = perturbed(policy, derive_seed(seed, "reference"))
     return Recording(reference, Rollouts(tuple(groups), scores, weights, old_logps), invented)
+
+
+def clip_edges(algorithm: Algorithm) -> list[float]:
+    """The ratios at which an algorithm's clip begins; none where it has no clip.
+
+    >>> clip_edges(Algorithm(delta=3.0))
+    [0.8, 1.2, 3.0]
+    """
+    edges = {
+        "clipped": [1 - algorithm.epsilon_low, 1 + algorithm.epsilon_high],
+        "cispo": [algorithm.epsilon_high],
+    }.get(algorithm.surrogate, [])
+    return edges if algorithm.delta is None else [*edges, algorithm.delta]
+
+
+def off_the_edges(log_ratios: Tensor, edges: Sequence[float]) -> Tensor:
+    """Log-ratios of tokens with those near an edge of the clip moved off it, each to the side that it is on.
+
+    At an edge the gradient jumps, so that two right computations whose log-probs differ in the last bit may differ there
+    by a whole token's gradient.
+
+    >>> off_the_edges(torch.tensor([0.0, 0.18, 0.19, 0.5]), [1.2])  # log 1.2 = 0.1823
+    tensor([0.0000, 0.1623, 0.2023, 0.5000])
+    """
+    for edge in edges:
+        distance = log_ratios - math.log(edge)
+        aside = math.log(edge) + torch.where(distance < 0, -EDGE_MARGIN, EDGE_MARGIN)
+        log_ratios = torch.where(distance.abs() < EDGE_MARGIN, aside, log_ratios)
+    return log_ratios
 
 
 def perturbed(policy: Policy, seed: int) -> Policy:

@@ -1,13 +1,15 @@
-"""One optimiser step, exact under micro-batching: whoever learns (GRPO or SFT) brings only a loss."""
+"""One optimiser step, exact under micro-batching and over processes: whoever learns (GRPO or SFT) brings only a loss."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from grpo_lab.distributed.dealing import own_rows
+from grpo_lab.distributed.ranks import ALONE, Ranks
 from grpo_lab.errors import NumericError, SetupError
 from grpo_lab.recipe.schema import Optimizer
 from grpo_lab.types import Batch, LogpsAndEntropy
@@ -70,9 +72,13 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 class Learner:
-    """The policy's forward pass with its optimiser, prepared by accelerate. Its state outlives a step.
+    """The policy's forward pass with its optimiser. Its state outlives a step.
 
     `forward` is a PolicyForward: a module from a batch to log-probs that also says where to cut a batch.
+
+    With several processes each finds the gradient of its own groups, and the gradients are added up. Loss weights come
+    from the whole step, so the sum is what one process would find. With `sharded` the trained weights lie in pieces over
+    the processes (sharding.py), and the model of `forward` gets them whole after every step.
     """
 
     def __init__(
@@ -82,6 +88,8 @@ class Learner:
         *,
         total_steps: int,
         micro_batch_size: int | None,
+        ranks: Ranks = ALONE,
+        sharded: bool = False,
     ) -> None:
         from accelerate import Accelerator  # a second of import, needed only to train
 
@@ -89,8 +97,17 @@ class Learner:
         self.settings = settings
         self.total_steps = total_steps
         self.micro_batch_size = micro_batch_size
+        self.ranks = ranks
+        self.shards: Any = None
+        if sharded:
+            from grpo_lab.engines.sharding import Shards
+
+            self.shards = Shards(forward, ranks)
+            forward = self.shards.forward
+        self.forward = forward
         self.micro_batches: Any = forward.micro_batches
-        self.forward, self.optimizer = self.accelerator.prepare(forward, make_optimizer(forward, settings))
+        # the model is not prepared: accelerate would average gradients in every backward pass, ours are added up once
+        self.optimizer = self.accelerator.prepare(make_optimizer(forward, settings))
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.steps_done = 0
         self.skipped_in_a_row = 0
@@ -107,50 +124,94 @@ class Learner:
             group["lr"] = out.learning_rate
         self.optimizer.zero_grad()
         out.loss, out.sums = self._gradient(batch, loss)
-        out.grad_norm = float(
-            nn.utils.clip_grad_norm_(self.parameters, self.settings.max_grad_norm or math.inf, foreach=None)
-        )
+        out.grad_norm = self._clip()
         out.skipped = not (math.isfinite(out.loss) and math.isfinite(out.grad_norm))
         if not out.skipped and out.grad_norm > 0:  # a step without signal makes no update: momentum alone may not move
             self.optimizer.step()
+            if self.shards is not None:
+                self.shards.weights_to_whole()
         self._count(out)
         return out
 
+    def optimizer_state(self) -> dict[str, Any]:
+        """The optimiser's state, whole; of weights in pieces only the first process gets it."""
+        state: dict[str, Any] = self.optimizer.state_dict()
+        return state if self.shards is None else self.shards.whole_state(state)
+
+    def resume(self, optimizer_state: dict[str, Any], *, steps_done: int, skipped_in_a_row: int) -> None:
+        """Go on with this state, and with the weights that the model of `forward` now has."""
+        if self.shards is not None:
+            from grpo_lab.engines.sharding import sharded_state
+
+            self.shards.weights_from_whole()
+            optimizer_state = sharded_state(optimizer_state, self.parameters)
+        self.optimizer.load_state_dict(optimizer_state)
+        self.steps_done, self.skipped_in_a_row = steps_done, skipped_in_a_row
+
+    def _clip(self) -> float:
+        """Clip the gradient's norm; returns what it was."""
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.settings.max_grad_norm or math.inf, foreach=None)
+        return float(norm if self.shards is None else norm.full_tensor())  # type: ignore[operator]
+
     def _gradient(self, batch: Batch, loss: Loss) -> tuple[float, dict[str, float]]:
-        """Add up the gradient of the whole batch, micro-batch by micro-batch; the loss and its sums.
+        """Add up the gradient of the whole batch over all processes; the loss and its sums."""
+        start, stop = own_rows(batch, self.ranks)
+        own = batch if self.ranks.world == 1 else batch.rows(start, stop) if start < stop else None
+        total, sums = 0.0, dict[str, float]()
+        for share, values, halved_to in self.ranks.gather((*self._own_gradient(own, loss, batch), self.halved_to)):
+            total += share
+            for name, value in values.items():
+                sums[name] = sums.get(name, 0.0) + value
+            if halved_to is not None:
+                self.micro_batch_size = self.halved_to = min(halved_to, self.halved_to or halved_to)
+        if self.shards is None:
+            add_gradients(self.parameters, self.ranks)
+        return total, sums
+
+    def _own_gradient(self, own: Batch | None, loss: Loss, batch: Batch) -> tuple[float, dict[str, float]]:
+        """Add up the gradient of this process's rows, micro-batch by micro-batch; their loss and its sums.
 
         Where memory does not suffice everything is done again in halves, from then on.
 
         Raises:
-            SetupError: it does not suffice for a single row.
+            SetupError: it does not suffice for a single row, or weights lie in pieces, for which all processes would
+                have to begin again.
         """
-        parts = self.micro_batches(batch, self.micro_batch_size)
+        parts = self.micro_batches(own, self.micro_batch_size) if own is not None else []
         while True:
             try:
-                return self._added_up(batch, loss, parts)
+                return self._added_up(own, loss, parts, batch)
             except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
-                largest = max(stop - start for start, stop in parts)
-                if largest == 1:
+                largest = max((stop - start for start, stop in parts), default=1)
+                if largest == 1 or self.shards is not None:
                     tokens = int(batch.prompt_mask.sum(1).max() + batch.completion_mask.sum(1).max())
+                    rows = "a single row" if largest == 1 else f"{largest} rows at once (set micro_batch_size)"
                     raise SetupError(
-                        f"out of memory with a single row of up to {tokens} tokens; shorten prompts or completions, set "
+                        f"out of memory with {rows} of up to {tokens} tokens; shorten prompts or completions, set "
                         f"model.gradient_checkpointing: true, or take a smaller model. {error}"
                     ) from error
+            assert own is not None
             self.optimizer.zero_grad()  # what the failed pass has left
             self.micro_batch_size = self.halved_to = (largest + 1) // 2
-            parts = self.micro_batches(batch, self.micro_batch_size)
+            parts = self.micro_batches(own, self.micro_batch_size)
 
-    def _added_up(self, batch: Batch, loss: Loss, parts: list[tuple[int, int]]) -> tuple[float, dict[str, float]]:
+    def _added_up(
+        self, own: Batch | None, loss: Loss, parts: Sequence[tuple[int, int]], batch: Batch
+    ) -> tuple[float, dict[str, float]]:
         total, sums = 0.0, dict[str, float]()
+        idle = 0 if self.shards is None else max(self.ranks.gather(len(parts))) - len(parts)
         for start, stop in parts:
-            rows = batch.rows(start, stop)
-            share, own = loss(self.forward(rows), rows)
+            assert own is not None
+            rows = own.rows(start, stop)
+            share, values = loss(self.forward(rows), rows)
             self.accelerator.backward(share)
             total += float(share.detach())
-            for name, value in own.items():
+            for name, value in values.items():
                 sums[name] = sums.get(name, 0.0) + float(value.detach())
+        for _ in range(idle):
+            self.shards.idle_pass(batch)
         return total, sums
 
     def _count(self, out: StepSums) -> None:
@@ -163,3 +224,16 @@ class Learner:
                 f"(the last: loss {out.loss}, gradient norm {out.grad_norm}); the weights were left as they were. "
                 "Lower optimizer.learning_rate, or look at the last rollouts."
             )
+
+
+def add_gradients(parameters: Sequence[Tensor], ranks: Ranks) -> None:
+    """Add up every gradient over all processes, in place; what no process has a gradient for stays without."""
+    if ranks.world == 1:
+        return
+    has = torch.tensor([float(parameter.grad is not None) for parameter in parameters])
+    ranks.add([has])
+    used = [parameter for parameter, count in zip(parameters, has.tolist(), strict=True) if count]
+    for parameter in used:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    ranks.add([parameter.grad for parameter in used if parameter.grad is not None])

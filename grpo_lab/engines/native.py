@@ -11,6 +11,7 @@ from torch import Tensor
 from grpo_lab.algorithm.advantages import has_signal
 from grpo_lab.batching import compared_rewards, pad, with_advantages, with_logps
 from grpo_lab.data.stream import PromptStream
+from grpo_lab.distributed.ranks import ALONE, Ranks
 from grpo_lab.engines.learner import Learner
 from grpo_lab.engines.update import update
 from grpo_lab.policy.forward import learn_without_dropout
@@ -25,7 +26,10 @@ from grpo_lab.types import Attempts, Example, Group, Policy, Scores, StepEnd
 
 @dataclass(frozen=True)
 class Parts:
-    """Everything the loop works with, already built. `reference` is None when beta is 0."""
+    """Everything the loop works with, already built. `reference` is None when beta is 0, `folder` where nothing is written.
+
+    With several processes (`ranks`) the loop stays what it is: sampler, rewards and learner deal the work out among them.
+    """
 
     name: str
     stage: GrpoStage
@@ -36,7 +40,8 @@ class Parts:
     sampler: Sampler
     rewards: RewardSet
     learner: Learner
-    folder: Path
+    folder: Path | None
+    ranks: Ranks = ALONE
 
 
 class Collected(NamedTuple):
@@ -53,9 +58,11 @@ def train(parts: Parts, *, start: int, report: Callable[[StepEnd], None]) -> Non
     for step in range(start, stage.steps):
         clock = Stopwatch()
         groups, scores, attempts = collect(parts, step, clock)  # G answers to each of P prompts, from pi_old, scored
-        learn_without_dropout(parts.policy.model)
+        learn_without_dropout(parts.learner.forward.model)
         batch = pad(groups, parts.policy)  # the only place that pads; masks from lengths
-        batch = with_logps(batch, parts.policy, parts.reference, stage)  # log pi_old, log pi_ref: where needed
+        batch = with_logps(
+            batch, parts.policy, parts.reference, stage, parts.ranks
+        )  # log pi_old, log pi_ref: if needed
         batch = with_advantages(batch, scores, stage)  # A and the weight of every token
         stats = update(parts.learner, batch, stage.algorithm)  # the clipped objective
         parts.sampler.sync(parts.policy)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from grpo_lab.batching import pad_rows
 from grpo_lab.data.examples import TrainingRow
+from grpo_lab.distributed.ranks import ALONE, Ranks
 from grpo_lab.padding import pad_right
 from grpo_lab.policy.forward import PolicyForward
 from grpo_lab.types import Batch, LogpsAndEntropy, Policy
@@ -51,21 +52,23 @@ def negative_log_likelihood(out: LogpsAndEntropy, batch: Batch) -> tuple[Tensor,
 
 @torch.no_grad()
 def measure_rows(
-    policy: Policy, rows: Sequence[TrainingRow], rows_at_once: int, *, packed: bool = True
+    policy: Policy, rows: Sequence[TrainingRow], rows_at_once: int, *, packed: bool = True, ranks: Ranks = ALONE
 ) -> dict[str, float]:
     """Over all learned tokens of all rows, each counted once whatever it weighs in training: the mean negative
     log-likelihood (nats), its exponential, and the share that is the model's first choice."""
     policy.model.eval()
-    forward = PolicyForward(policy.model, temperature=1.0, packed=packed)
+    forward = PolicyForward(policy.model, temperature=1.0, packed=packed, first_choices=True)
     total, count, right = 0.0, 0, 0
-    for first in range(0, len(rows), rows_at_once):
-        part = [replace(rows[index], weights=None) for index in range(first, min(first + rows_at_once, len(rows)))]
+    own = range(len(rows))[ranks.share(len(rows))]
+    for first in range(0, len(own), rows_at_once):
+        part = [replace(rows[index], weights=None) for index in own[first : first + rows_at_once]]
         batch = training_batch(part, policy)
         num_learned = sum(sum(row.learn) for row in part)
         loss, sums = negative_log_likelihood(forward(batch), batch)
         total += float(loss) * num_learned
         right += int(sums["first_choices"])
         count += num_learned
+    total, count, right = (sum(parts) for parts in zip(*ranks.gather((total, count, right)), strict=True))
     loss_per_token = total / count
     return {
         "loss": loss_per_token,

@@ -23,6 +23,7 @@ from trl import GRPOConfig, GRPOTrainer  # noqa: E402
 from grpo_lab.engines.learner import MAX_SKIPPED_IN_A_ROW, learning_rate, make_optimizer  # noqa: E402
 from grpo_lab.engines.trl_config import arguments, require_trl, sizes  # noqa: E402
 from grpo_lab.engines.trl_rollouts import Rollouts, TrlParts  # noqa: E402
+from grpo_lab.engines.trl_vllm import beside_vllm, own_engine  # noqa: E402
 from grpo_lab.errors import NumericError, SetupError  # noqa: E402
 from grpo_lab.recipe.schema import Model, Optimizer  # noqa: E402
 from grpo_lab.tracking.metrics import step_metrics  # noqa: E402
@@ -47,12 +48,13 @@ def train(
         output: where TRL puts its checkpoints.
         callbacks: further ones of transformers' Trainer; they run after a step was reported.
     """
-    with plain_generation(parts.policy), warnings.catch_warnings():
+    with plain_generation(parts.policy), beside_vllm(parts.stage), warnings.catch_warnings():
         # transformers' new names for arguments that TRL still reads by the old ones; rollout_func's experimental status
         warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*deprecated", category=FutureWarning)
         warnings.filterwarnings("ignore", message=".*rollout_func.*experimental")
         trainer = make_trainer(parts, model, output=output, report=report, callbacks=callbacks)
-        trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
+        with own_engine(trainer, parts.stage):
+            trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
 
 
 def make_trainer(
@@ -235,4 +237,5 @@ def statistics(logs: list[dict[str, float]], skipped: int) -> UpdateStats:
         clip_low=mean("clip_ratio/low_mean") if capped is None else 0.0,
         clip_high=mean("clip_ratio/high_mean") if capped is None else capped,
         skipped=skipped,
+        sampler_gap=mean("sampling/sampling_logp_difference/mean"),
     )

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from grpo_lab.engines import trl_vllm
+from grpo_lab.engines.trl_vllm import vllm_arguments
 from grpo_lab.errors import SetupError
 from grpo_lab.recipe.schema import GrpoStage, Model, WeightSchedule
 from grpo_lab.seeds import derive_seed
@@ -25,7 +27,6 @@ FIXED: Mapping[str, Any] = {
     "num_train_epochs": 1,
     "dataloader_num_workers": 0,
     "remove_unused_columns": False,
-    "use_vllm": False,
     "repetition_penalty": 1.0,
     "logging_strategy": "steps",
     "logging_steps": 1,
@@ -43,6 +44,7 @@ OWN_REDUCTION = {"cispo": "token", "sapo": "sequence"}  # TRL's loss types for t
 
 # recipe key -> the argument of GRPOConfig that it decides, alone or with others
 PASSED: Mapping[str, str] = {
+    **trl_vllm.PASSED,
     "steps": "max_steps",
     "prompts_per_step": "generation_batch_size",
     "micro_batch_size": "per_device_train_batch_size",
@@ -80,6 +82,7 @@ PASSED: Mapping[str, str] = {
 
 # recipe key, or a whole block of them -> the part of this project that uses it, the same one for both engines
 SHARED: Mapping[str, str] = {
+    **trl_vllm.SHARED,
     "kind": "chooses the stage",
     "engine": "chooses this engine",
     "data": "the prompt stream",
@@ -92,13 +95,10 @@ SHARED: Mapping[str, str] = {
     "reward_control": "controlled, before TRL is given the one total",
     "checkpoint": "asks TRL for checkpoints and keeps the newest",
     "evaluation": "evaluate",
-    "sampling.backend": "auto is TRL's own generation; native and hf are this project's samplers, through rollout_func",
     "sampling.max_rows": "the native and hf samplers",
     "optimizer": "make_optimizer and learning_rate; TRL gets optimiser and schedule as objects",
     "algorithm.preset": "fills the other keys when the recipe is read",
     "algorithm.overlong_buffer": "GrpoStage.reward_terms: one more reward",
-    "algorithm.sampler_correction_level": "the schema: nothing without sampler_correction, which is refused",
-    "algorithm.sampler_correction_cap": "the schema: nothing without sampler_correction, which is refused",
     "model": "load_policy; TRL gets the model as an object",
 }
 
@@ -106,6 +106,7 @@ Refusal = tuple[Callable[[GrpoStage], bool], str]
 
 # recipe key -> when TRL cannot do what it asks for, and what to do instead
 REFUSED: Mapping[str, Refusal] = {
+    **trl_vllm.REFUSED,
     "rewards.weight": (
         lambda stage: (
             stage.algorithm.reward_aggregation != "sum" and stage.reward_control is None and bool(scheduled(stage))
@@ -118,8 +119,8 @@ REFUSED: Mapping[str, Refusal] = {
         "GRPOTrainer scores when a step's sampling is over; leave it out or set engine: native",
     ),
     "sampling.max_rows": (
-        lambda stage: stage.sampling.max_rows is not None and stage.sampling.backend == "auto",
-        "TRL's own generation decodes all completions of a step at once; set sampling.backend: native, or leave it out",
+        lambda stage: stage.sampling.max_rows is not None and stage.sampling.backend in ("auto", "vllm"),
+        "TRL's own generation, and the vLLM that it starts, decode all completions of a step at once; set sampling.backend: native, or leave it out",
     ),
     "algorithm.advantage_baseline": (
         lambda stage: stage.algorithm.advantage_baseline != "group",
@@ -159,10 +160,6 @@ REFUSED: Mapping[str, Refusal] = {
     "algorithm.sampling_attempts": (
         lambda stage: stage.algorithm.sampling_attempts > 1,
         "TRL cannot sample groups without signal again; set 1 or engine: native",
-    ),
-    "algorithm.sampler_correction": (
-        lambda stage: stage.algorithm.sampler_correction != "none",
-        "TRL corrects for vLLM's distribution only; sample untruncated (top_p 1, no top_k, min_p 0) or set engine: native",
     ),
 }
 
@@ -293,6 +290,7 @@ def arguments(stage: GrpoStage, model: Model, *, seed: int) -> dict[str, Any]:
         if stage.reward_control is None
         else [1.0],
         **_loss_arguments(stage),
+        **vllm_arguments(stage),
         "num_iterations": algorithm.num_iterations,
     }
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from grpo_lab.algorithm.linear_logps import LOGITS_HELD
+from grpo_lab.attention.fused import fuse
 from grpo_lab.attention.interface import NAME, packed_arguments
 from grpo_lab.attention.probe import parts
 from grpo_lab.estimate.live import LiveBytes
@@ -22,6 +23,8 @@ def shapes_of(config: Any, model: Model) -> Any:
     """The model that a recipe asks for, without its adapter, on the meta device."""
     with torch.device("meta"):
         network = AutoModelForCausalLM.from_config(config, dtype=DTYPES[model.dtype], attn_implementation=NAME)
+    if network.dtype == torch.float32:  # as where a packed pass is tried
+        fuse(network)
     if model.gradient_checkpointing:
         network.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return network

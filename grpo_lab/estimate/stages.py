@@ -144,8 +144,9 @@ class Learning:
     @property
     def default_rows(self) -> int:
         """Rows at once where no micro-batch size is given: whole groups within the bounds on tokens and logits."""
-        most = min(TOKENS_HELD, LOGITS_HELD // self.vocabulary)
-        groups = max(1, most // (self.per_prompt * self.lengths.completion))
+        own = self.per_prompt * self.lengths.completion
+        read = self.lengths.prompt if self.per_prompt == 1 else 0
+        groups = max(1, min(TOKENS_HELD // (own + read), LOGITS_HELD // self.vocabulary // own))
         return min(self.rows, groups * self.per_prompt)
 
     def bytes_with(self, network: Any, micro_batch_size: int | None, *, dropout: bool) -> int:

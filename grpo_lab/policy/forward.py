@@ -16,8 +16,8 @@ from grpo_lab.attention.packed import PackedAttention
 from grpo_lab.attention.probe import parts, why_plain
 from grpo_lab.types import Batch, LogpsAndEntropy, Policy
 
-# The most completion tokens whose activations are held for the backward pass, if no micro-batch size is given. More
-# would be no faster.
+# The most tokens whose activations are held for the backward pass, if no micro-batch size is given: of completions, and
+# of prompts that have one each. More would be no faster.
 TOKENS_HELD = 4096
 
 
@@ -30,14 +30,22 @@ class PolicyForward(nn.Module):
 
     Where the model allows it a batch is computed packed: each prompt once, each real token once, each needed logit
     once, and never more logits than a stated bound. Elsewhere it is computed plainly, row by row with padding, and
-    `plain_because` says why; so it is where nobody wants it `packed`.
+    `plain_because` says why; so it is where nobody wants it `packed`. `first_choices`: also say how probable the most
+    probable tokens are, which costs a packed pass nothing.
     """
 
     def __init__(
-        self, model: nn.Module, *, temperature: float, entropy_gradient: bool = False, packed: bool = True
+        self,
+        model: nn.Module,
+        *,
+        temperature: float,
+        entropy_gradient: bool = False,
+        packed: bool = True,
+        first_choices: bool = False,
     ) -> None:
         super().__init__()
         self.packed = packed
+        self.first_choices = first_choices
         self.model = model
         self.temperature = temperature
         self.entropy_gradient = entropy_gradient
@@ -50,24 +58,34 @@ class PolicyForward(nn.Module):
                 return packed_forward(self.model, batch, temperature=self.temperature)
             except NotPackableError as reason:
                 self.plain_because = str(reason)
-        return plain_forward(self.model, batch, temperature=self.temperature, entropy_gradient=self.entropy_gradient)
+        return plain_forward(
+            self.model,
+            batch,
+            temperature=self.temperature,
+            entropy_gradient=self.entropy_gradient,
+            first_choices=self.first_choices,
+        )
 
     def micro_batches(self, batch: Batch, size: int | None) -> list[tuple[int, int]]:
-        """Where to cut a batch: `size` rows each, or whole groups, as many as the bounds on tokens and logits allow."""
+        """Where to cut a batch: `size` rows each, or whole groups, as many as the bounds on tokens and logits allow.
+
+        Tokens of a prompt count where it has one completion only; shared by many they are few.
+        """
         if size is not None:
             return [(start, min(start + size, batch.num_rows)) for start in range(0, batch.num_rows, size)]
         vocabulary = self.model.get_output_embeddings().weight.shape[0]
         tokens = batch.completion_mask.sum(1)
         if not self.packed or why_plain(self.model) is not None:
             tokens = torch.full_like(tokens, batch.completion_ids.shape[1])
-        most = min(TOKENS_HELD, LOGITS_HELD // vocabulary)
-        cuts, held = [0], 0
-        for start, stop in _groups(batch.prompt_index.tolist()):
+        prompts = batch.prompt_mask.sum(1).tolist()
+        cuts, held, logits = [0], 0, 0
+        for start, stop in batch.groups():
             own = int(tokens[start:stop].sum())
-            if held > 0 and held + own > most:
+            read = prompts[int(batch.prompt_index[start])] if stop - start == 1 else 0
+            if held > 0 and (held + own + read > TOKENS_HELD or logits + own > LOGITS_HELD // vocabulary):
                 cuts.append(start)
-                held = 0
-            held += own
+                held = logits = 0
+            held, logits = held + own + read, logits + own
         return list(pairwise([*cuts, batch.num_rows]))
 
 
@@ -100,7 +118,12 @@ def packed_forward(model: nn.Module, batch: Batch, *, temperature: float) -> Log
 
 
 def plain_forward(
-    model: nn.Module, batch: Batch, *, temperature: float, entropy_gradient: bool = False
+    model: nn.Module,
+    batch: Batch,
+    *,
+    temperature: float,
+    entropy_gradient: bool = False,
+    first_choices: bool = False,
 ) -> LogpsAndEntropy:
     """The same, row by row: right for every decoder, whatever its attention.
 
@@ -123,15 +146,8 @@ def plain_forward(
         )  # bfloat16 would round the quotient; the sampler does not
     with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
         undecided = entropy(logits)
-    most = logits.detach().argmax(-1)
-    largest = selected_logps(logits.detach(), most)
+    largest = selected_logps(logits.detach(), logits.detach().argmax(-1)) if first_choices else None
     return LogpsAndEntropy(selected_logps(logits, batch.completion_ids), undecided, largest)
-
-
-def _groups(prompt_index: list[int]) -> list[tuple[int, int]]:
-    """Runs of rows with the same prompt, as (start, stop)."""
-    starts = [row for row, prompt in enumerate(prompt_index) if row == 0 or prompt != prompt_index[row - 1]]
-    return list(pairwise([*starts, len(prompt_index)]))
 
 
 @torch.no_grad()

@@ -30,6 +30,11 @@ def restore(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         raise CheckpointError(f"the checkpoint has {len(unknown)} tensors that the model lacks, the first {unknown[0]}")
 
 
+def fingerprint(model: nn.Module) -> list[float]:
+    """A number for every tensor that learns; processes whose weights are the same have the same."""
+    return [float(parameter.detach().double().sum()) for parameter in model.parameters() if parameter.requires_grad]
+
+
 def parameter_count(model: nn.Module) -> str:
     """How many parameters learn, and their share of all; weights in 4 bits count one by one.
 

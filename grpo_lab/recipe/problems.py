@@ -16,6 +16,7 @@ MAX_PROBLEMS = 50
 # Pydantic's words where they are about Python rather than about yaml.
 _WORDING = {
     "model_type": "input should be a mapping",
+    "model_attributes_type": "input should be a mapping",
     "dict_type": "input should be a mapping",
     "list_type": "input should be a list",
     "tuple_type": "input should be a list",

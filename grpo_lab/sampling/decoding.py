@@ -48,9 +48,15 @@ class Decoding:
 
 @runtime_checkable
 class Sampler(Protocol):
-    """Draws completions. `seed` fixes all noise; group i's noise depends on (seed, i) only, not on batching."""
+    """Draws completions. `seed` fixes all noise; group i's noise depends on (seed, i) only, not on batching.
 
-    def sample(self, examples: list[Example], *, num_generations: int, seed: int) -> list[Group]: ...
+    Groups are counted from `first_group`: a process that samples some groups of a step draws what one would that
+    samples them all.
+    """
+
+    def sample(
+        self, examples: list[Example], *, num_generations: int, seed: int, first_group: int = 0
+    ) -> list[Group]: ...
 
     def sync(self, policy: Policy) -> None:
         """Take over the policy's weights after an update."""
@@ -62,7 +68,7 @@ class TellingSampler(Sampler, Protocol):
     """A sampler that can tell of each answer as it ends, while it goes on with the others."""
 
     def sample_telling(
-        self, examples: list[Example], listener: Listener, *, num_generations: int, seed: int
+        self, examples: list[Example], listener: Listener, *, num_generations: int, seed: int, first_group: int = 0
     ) -> list[Group]:
         """The groups of `sample`, with the completions that `listener` was told of."""
         ...

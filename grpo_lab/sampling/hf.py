@@ -20,13 +20,13 @@ class HfSampler:
         self.policy = policy
 
     @torch.inference_mode()
-    def sample(self, examples: list[Example], *, num_generations: int, seed: int) -> list[Group]:
+    def sample(self, examples: list[Example], *, num_generations: int, seed: int, first_group: int = 0) -> list[Group]:
         """`num_generations` completions for each example."""
         self.policy.model.eval()
         size = min(num_generations, self.decoding.max_rows or num_generations)
         sizes = [min(size, num_generations - first) for first in range(0, num_generations, size)]
         groups = []
-        for index, example in enumerate(examples):
+        for index, example in enumerate(examples, first_group):
             with torch.random.fork_rng():
                 torch.manual_seed(derive_seed(seed, "noise", index))
                 completions = [done for count in sizes for done in self._generate(example, count)]

@@ -26,20 +26,23 @@ class NativeSampler:
         """Nothing to copy: the sampler uses the trained weights themselves."""
         self.policy = policy
 
-    def sample(self, examples: list[Example], *, num_generations: int, seed: int) -> list[Group]:
+    def sample(self, examples: list[Example], *, num_generations: int, seed: int, first_group: int = 0) -> list[Group]:
         """`num_generations` completions for each example, at most `max_rows` rows decoded at once."""
-        return self.sample_telling(examples, lambda _: None, num_generations=num_generations, seed=seed)
+        return self.sample_telling(
+            examples, lambda _: None, num_generations=num_generations, seed=seed, first_group=first_group
+        )
 
     @torch.inference_mode()
     def sample_telling(
-        self, examples: list[Example], listener: Listener, *, num_generations: int, seed: int
+        self, examples: list[Example], listener: Listener, *, num_generations: int, seed: int, first_group: int = 0
     ) -> list[Group]:
         """As `sample`, and tell `listener` of each answer that ends."""
         if not examples:
             return []
         self.policy.model.eval()
         length = self.decoding.max_completion_length
-        noise = torch.cat([group_noise(seed, index, num_generations, length) for index in range(len(examples))])
+        groups = range(first_group, first_group + len(examples))
+        noise = torch.cat([group_noise(seed, group, num_generations, length) for group in groups])
         prompts = [example.prompt_ids for example in examples]
         completions = None
         if why_plain(self.policy.model) is None:

@@ -8,6 +8,11 @@ from grpo_lab.scoring.terms import BoundTerm
 from grpo_lab.scoring.workers import Calls, is_users
 from grpo_lab.types import Completion, Example, Group
 
+NONE_EARLY = (
+    "no reward here can be called early: it takes code, judge or one of your own (a plugin's, a package's, a dotted path's), "
+    "a function over completion without only_if, or over group; leave it out"
+)
+
 
 def may_begin_early(term: BoundTerm) -> bool:
     """Whether a reward is worth calling before all answers of a step are there, and has then the values it has anyway.

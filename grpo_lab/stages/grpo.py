@@ -1,5 +1,8 @@
 """The GRPO stage: builds the loop's parts, hangs evaluation, advice and saving on it, and runs it."""
 
+from dataclasses import replace
+
+from grpo_lab.distributed.ranks import ALONE, Ranks
 from grpo_lab.engines.learner import Learner
 from grpo_lab.engines.native import Parts, train
 from grpo_lab.evaluate import Evaluation, evaluate
@@ -8,6 +11,7 @@ from grpo_lab.policy.load import load_policy
 from grpo_lab.recipe.schema import GrpoStage, ReferenceRefresh
 from grpo_lab.sampling import make_sampler
 from grpo_lab.sampling.decoding import Decoding
+from grpo_lab.scoring.dealt import dealt
 from grpo_lab.seeds import derive_seed
 from grpo_lab.stages.advice import Advice
 from grpo_lab.stages.plan import GrpoPlan
@@ -24,6 +28,7 @@ from grpo_lab.stages.running import (
     saying_halved,
     saying_plain,
 )
+from grpo_lab.stages.sampler import refusing_stale, stage_sampler
 from grpo_lab.types import Callback, Policy, StepEnd
 
 
@@ -34,7 +39,8 @@ def run_grpo(context: Context, plan: GrpoPlan) -> None:
 
         run_grpo_trl(context, plan)
         return
-    stage, recipe = plan.stage, context.recipe
+    stage, recipe, ranks = plan.stage, context.recipe, context.ranks
+    plan = replace(plan, rewards=dealt(plan.rewards, ranks), held_out_rewards=dealt(plan.held_out_rewards, ranks))
     policy = load_policy(recipe.model_of(stage), context.tokenizer, seed=recipe.seed, folder=context.start)
     reference = frozen_copy(policy) if stage.algorithm.beta > 0 else None  # before resume: as the stage began
     forward = PolicyForward(
@@ -47,6 +53,8 @@ def run_grpo(context: Context, plan: GrpoPlan) -> None:
         stage.optimizer,
         total_steps=stage.steps * stage.algorithm.num_iterations * stage.algorithm.num_minibatches,
         micro_batch_size=stage.micro_batch_size,
+        ranks=ranks,
+        sharded=ranks.world > 1 and recipe.distributed.strategy == "fsdp2",
     )
     moving = reference if stage.algorithm.reference_refresh is not None else None
     start = resume(context, plan.name, policy, learner, moving_reference=moving, rewards=plan.rewards)
@@ -61,34 +69,37 @@ def run_grpo(context: Context, plan: GrpoPlan) -> None:
         say_what_learns(context, plan.name, policy)
 
     def measure(step: int) -> None:
-        result = measure_policy(policy, plan, seed=recipe.seed)
+        result = measure_policy(policy, plan, seed=recipe.seed, ranks=ranks)
         context.sinks.evaluation(plan.name, step, result.metrics, result.rows)
 
     if start == 0 and stage.evaluation is not None:
         measure(0)
-    parts = Parts(
-        name=plan.name,
-        stage=stage,
-        seed=recipe.seed,
-        policy=policy,
-        reference=reference,
-        prompts=plan.prompts,
-        sampler=make_sampler(stage.sampling.backend, policy, Decoding.of(stage.sampling)),
-        rewards=plan.rewards,
-        learner=learner,
-        folder=context.folder.path,
-    )
     report = reporting(
         context.sinks.step,
+        refusing_stale(stage.sampling),
         Advice(context.sinks),
-        saying_plain(context, forward),
+        saying_plain(context, learner.forward),
         saying_halved(context, learner),
         refreshing(stage.algorithm.reference_refresh, policy, reference),
         evaluating(stage.evaluation, measure),
         admitting(context, plan.rewards),
         checkpointing(context, policy, learner, stage.checkpoint, moving_reference=moving, rewards=plan.rewards),
     )
-    train(parts, start=start, report=report)
+    with stage_sampler(context, stage, policy, version=start) as sampler:
+        parts = Parts(
+            name=plan.name,
+            stage=stage,
+            seed=recipe.seed,
+            policy=policy,
+            reference=reference,
+            prompts=plan.prompts,
+            sampler=sampler,
+            rewards=plan.rewards,
+            learner=learner,
+            folder=context.folder.path if ranks.is_first else None,
+            ranks=ranks,
+        )
+        train(parts, start=start, report=report)
     finish(context, plan.name, policy, recipe.model_of(stage), steps=stage.steps)
 
 
@@ -103,18 +114,28 @@ def refreshing(settings: ReferenceRefresh | None, policy: Policy, reference: Pol
 
 
 def measure_policy(
-    policy: Policy, plan: GrpoPlan, *, seed: int, num_samples: int | None = None, pass_at: tuple[int, ...] = ()
+    policy: Policy,
+    plan: GrpoPlan,
+    *,
+    seed: int,
+    num_samples: int | None = None,
+    pass_at: tuple[int, ...] = (),
+    ranks: Ranks = ALONE,
 ) -> Evaluation:
-    """The policy on the stage's held-out prompts: greedy, and sampled as the stage samples. The same noise each time."""
+    """The policy on the stage's held-out prompts: greedy, and sampled as the stage samples. The same noise each time.
+
+    Always from the policy's own weights: where the stage samples with vLLM, the native sampler measures.
+    """
     stage: GrpoStage = plan.stage
+    backend = "native" if stage.sampling.has_own_weights else stage.sampling.backend
     assert stage.evaluation is not None
     count = stage.evaluation.num_samples if num_samples is None else num_samples
     decoding = Decoding.of(stage.sampling)
     return evaluate(
         plan.held_out,
         plan.held_out_rewards,
-        greedy=make_sampler(stage.sampling.backend, policy, decoding.greedy()),
-        sampled=make_sampler(stage.sampling.backend, policy, decoding) if count else None,
+        greedy=make_sampler(backend, policy, decoding.greedy(), ranks),
+        sampled=make_sampler(backend, policy, decoding, ranks) if count else None,
         num_samples=count,
         seed=derive_seed(seed, plan.name),
         pass_at=pass_at,

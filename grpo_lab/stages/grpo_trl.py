@@ -6,15 +6,21 @@ from grpo_lab.engines.trl import REFERENCE, train
 from grpo_lab.engines.trl_config import sizes
 from grpo_lab.engines.trl_rollouts import TrlParts
 from grpo_lab.policy.load import load_policy
+from grpo_lab.recipe.schema.sampling import OWN_WEIGHTS
 from grpo_lab.sampling import make_sampler
 from grpo_lab.sampling.decoding import Decoding
 from grpo_lab.stages.advice import Advice
 from grpo_lab.stages.grpo import measure_policy
 from grpo_lab.stages.plan import GrpoPlan
 from grpo_lab.stages.running import Context, admitting, evaluating, finish, reporting, say_notes, say_what_learns
+from grpo_lab.stages.sampler import refusing_stale
 from grpo_lab.stages.trl_checkpoints import Found, Saving, resume
 from grpo_lab.tracking.files import read_json, write_json
 
+SERVED_IN_BFLOAT16 = (
+    "TRL gives vLLM no dtype, which then serves this float32 model in bfloat16 (or float16): the policy that samples is not "
+    "quite the one that learns; algorithm.sampler_correction weights for it, engine: native has no such gap"
+)
 REWARDS = "rewards.json"  # in a checkpoint: the states of stateful rewards
 
 
@@ -34,6 +40,8 @@ def run_grpo_trl(context: Context, plan: GrpoPlan) -> None:
 
     if resumed is None:
         say_what_learns(context, plan.name, policy)
+    if stage.sampling.has_own_weights and recipe.model.dtype == "float32":
+        context.sinks.event(plan.name, resumed.step if resumed else 0, "warning", SERVED_IN_BFLOAT16, {})
     if resumed is None and stage.evaluation is not None:
         measure(0)
 
@@ -48,7 +56,9 @@ def run_grpo_trl(context: Context, plan: GrpoPlan) -> None:
         policy=policy,
         reference=reference(context, plan, resumed),
         prompts=plan.prompts,
-        sampler=None if backend == "auto" else make_sampler(backend, policy, Decoding.of(stage.sampling)),
+        sampler=None
+        if backend in ("auto", *OWN_WEIGHTS)
+        else make_sampler(backend, policy, Decoding.of(stage.sampling)),
         rewards=plan.rewards,
         folder=context.folder.path,
     )
@@ -59,6 +69,7 @@ def run_grpo_trl(context: Context, plan: GrpoPlan) -> None:
         resume_from=resumed.path if resumed else None,
         report=reporting(
             context.sinks.step,
+            refusing_stale(stage.sampling),
             Advice(context.sinks),
             evaluating(stage.evaluation, measure),
             admitting(context, plan.rewards),

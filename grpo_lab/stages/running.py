@@ -8,11 +8,12 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from grpo_lab.distributed.ranks import ALONE, Ranks
 from grpo_lab.engines.learner import Learner
 from grpo_lab.errors import StopRequested
 from grpo_lab.policy.forward import PolicyForward
 from grpo_lab.policy.load import write_checked
-from grpo_lab.policy.trainable import learned, parameter_count, restore, state
+from grpo_lab.policy.trainable import fingerprint, learned, parameter_count, restore, state
 from grpo_lab.recipe import Recipe
 from grpo_lab.recipe.schema import Checkpoint, Evaluation, Model
 from grpo_lab.scoring import RewardSet
@@ -22,7 +23,7 @@ from grpo_lab.tracking.files import write_json
 from grpo_lab.tracking.folders import save_folder_atomic
 from grpo_lab.tracking.jsonl import JsonlSink
 from grpo_lab.tracking.run_folder import StageFolder
-from grpo_lab.tracking.sinks import Sinks
+from grpo_lab.tracking.sinks import SilentSink, Sinks
 from grpo_lab.types import Callback, Policy, StepEnd
 
 EXIT_CODES = {signal.SIGTERM: 75, signal.SIGINT: 130}
@@ -33,6 +34,7 @@ class StopSignal:
 
     def __init__(self) -> None:
         self.received: int | None = None
+        self.agreed: int | None = None
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopSignal":
@@ -49,33 +51,48 @@ class StopSignal:
             os.kill(os.getpid(), number)
         self.received = number
 
+    def asked(self, ranks: Ranks) -> bool:
+        """Whether any process was asked to stop: the same answer for all of them."""
+        self.agreed = max(ranks.gather(self.received or 0)) or None
+        return self.agreed is not None
+
     def check(self, where: str) -> None:
         """Leave if someone asked. Call it where everything needed to go on is on the disk."""
-        if self.received is not None:
-            name = signal.Signals(self.received).name
-            raise StopRequested(f"{name}: stopped {where}; --resume goes on from here", EXIT_CODES[self.received])
+        number = self.agreed or self.received
+        if number is not None:
+            name = signal.Signals(number).name
+            raise StopRequested(f"{name}: stopped {where}; --resume goes on from here", EXIT_CODES[number])
 
 
 @dataclass(frozen=True)
 class Context:
-    """What a stage needs from the run that it is part of. `start` is the folder to begin with; None = the recipe's model."""
+    """What a stage needs from the run that it is part of. `start` is the folder to begin with; None = the recipe's model.
+
+    Where several processes train, only the first has files and sinks that write.
+    """
 
     recipe: Recipe
     tokenizer: Any
     folder: StageFolder
     start: Path | None
-    files: JsonlSink
+    files: JsonlSink | SilentSink
     sinks: Sinks
     stop: StopSignal
     mark_inexact: Callable[[str], None]
     publish: Callable[[str, Policy, int], None] | None = None
     """Sends a stage's policy to the hub as it is after that many steps; None where the recipe does not ask for it."""
+    ranks: Ranks = ALONE
 
     def saved(self, stage: str, policy: Policy, step: int, *, last: bool) -> None:
-        """A checkpoint is on the disk: send it (the last one is sent as the finished model), or stop if asked to."""
-        if self.publish is not None and not last and self.stop.received is None:
+        """A checkpoint is on the disk: send it (the last one is sent as the finished model), or stop if asked to.
+
+        All processes must call this.
+        """
+        asked = self.stop.asked(self.ranks)
+        if self.publish is not None and not last and not asked:
             self.publish(stage, policy, step)
-        self.stop.check(f"after step {step} of stage {stage}, saved")
+        if asked:
+            self.stop.check(f"after step {step} of stage {stage}, saved")
 
 
 def resume(
@@ -94,6 +111,7 @@ def resume(
     they are part of the state.
     """
     loaded = load_latest(context.folder.checkpoints)
+    context.ranks.refuse_differences("newest checkpoint", loaded and loaded.step)
     context.files.truncate(name, loaded.step if loaded else -1)
     if loaded is None:
         return 0
@@ -102,13 +120,15 @@ def resume(
     restore(policy.model, loaded.tensors["model"])
     if moving_reference is not None:
         restore(moving_reference.model, loaded.tensors["reference"])
-    learner.optimizer.load_state_dict(optimizer_state(loaded.tensors["optimizer"], loaded.state["optimizer"]))
+    learner.resume(
+        optimizer_state(loaded.tensors["optimizer"], loaded.state["optimizer"]),
+        steps_done=loaded.state["steps_done"],
+        skipped_in_a_row=loaded.state["skipped_in_a_row"],
+    )
     if rewards is not None:
         rewards.load_state_dict(loaded.state["rewards"])
     if best is not None:
         best.load(loaded.state["best"], loaded.tensors["best"])
-    learner.steps_done = loaded.state["steps_done"]
-    learner.skipped_in_a_row = loaded.state["skipped_in_a_row"]
     context.sinks.event(name, loaded.step, "info", f"resumed from {loaded.path.name}", {})
     return loaded.step
 
@@ -129,12 +149,20 @@ def checkpointing(
     best: Best | None = None,
 ) -> Callback:
     """Save every `every` steps, after the last one, and when the run was asked to stop (which then happens)."""
+    ranks = context.ranks
 
     def save(end: StepEnd) -> None:
-        asked = context.stop.received is not None
-        if not (asked or end.step % settings.every == 0 or end.step == end.num_steps):
+        if not (context.stop.asked(ranks) or end.step % settings.every == 0 or end.step == end.num_steps):
             return
-        tensors, values = optimizer_tensors(learner.optimizer.state_dict())
+        ranks.refuse_differences("policy", fingerprint(policy.model) if ranks.world > 1 else None)
+        optimizer, remembered = learner.optimizer_state(), {} if rewards is None else rewards.state_dict()
+        if ranks.is_first:
+            write(end, optimizer, remembered)
+        ranks.wait()
+        context.saved(end.stage, policy, end.step, last=end.step == end.num_steps)
+
+    def write(end: StepEnd, optimizer: dict[str, Any], remembered: dict[str, Any]) -> None:
+        tensors, values = optimizer_tensors(optimizer)
         names = learned(policy.model)
         moving = {} if moving_reference is None else {"reference": state(moving_reference.model, names)}
         kept = {} if best is None else {"best": best.tensors}
@@ -146,12 +174,11 @@ def checkpointing(
                 "optimizer": values,
                 "steps_done": learner.steps_done,
                 "skipped_in_a_row": learner.skipped_in_a_row,
-                "rewards": {} if rewards is None else rewards.state_dict(),
+                "rewards": remembered,
                 "best": None if best is None else best.state_dict(),
             },
             keep=settings.keep,
         )
-        context.saved(end.stage, policy, end.step, last=end.step == end.num_steps)
 
     return save
 
@@ -231,8 +258,11 @@ def finish(
     `model` is the model block as it holds for the stage. `selected`: the step after which the policy was as it is, where
     that is not the last one by itself.
     """
-    gaps: list[float] = []
-    save_folder_atomic(context.folder.final, lambda folder: gaps.append(write_checked(policy, folder, model)))
-    write_json(context.folder.result, {"steps": steps} if selected is None else {"steps": steps, "selected": selected})
-    message = f"saved {context.folder.final}; loaded again, its logits differ by {gaps[0]:.2g} of the largest"
-    context.sinks.event(name, steps, "info", message, {})
+    if context.ranks.is_first:
+        gaps: list[float] = []
+        save_folder_atomic(context.folder.final, lambda folder: gaps.append(write_checked(policy, folder, model)))
+        done = {"steps": steps} if selected is None else {"steps": steps, "selected": selected}
+        write_json(context.folder.result, done)
+        message = f"saved {context.folder.final}; loaded again, its logits differ by {gaps[0]:.2g} of the largest"
+        context.sinks.event(name, steps, "info", message, {})
+    context.ranks.wait()

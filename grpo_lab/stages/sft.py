@@ -34,15 +34,17 @@ def run_sft(context: Context, plan: SftPlan) -> None:
 
         run_sft_trl(context, plan)
         return
-    stage = plan.stage
+    stage, ranks = plan.stage, context.ranks
     model, seed = context.recipe.model_of(stage), context.recipe.seed
     policy = load_policy(model, context.tokenizer, seed=seed, folder=context.start)
-    forward = PolicyForward(policy.model, temperature=1.0, packed=stage.packing)
+    forward = PolicyForward(policy.model, temperature=1.0, packed=stage.packing, first_choices=True)
     learner = Learner(
         forward,
         stage.optimizer,
         total_steps=stage.steps,
         micro_batch_size=stage.micro_batch_size,
+        ranks=ranks,
+        sharded=ranks.world > 1 and context.recipe.distributed.strategy == "fsdp2",
     )
     best = None if stage.selection is None else Best(stage.selection, policy)
     start = step = resume(context, plan.name, policy, learner, best=best)
@@ -57,15 +59,15 @@ def run_sft(context: Context, plan: SftPlan) -> None:
         measure(0)
     report = reporting(
         context.sinks.step,
-        saying_plain(context, forward),
+        saying_plain(context, learner.forward),
         saying_halved(context, learner),
         evaluating(stage.evaluation, measure),
         checkpointing(context, policy, learner, stage.checkpoint, best=best),
     )
     while step < stage.steps and not (best is not None and best.is_final):
         clock = Stopwatch()
-        policy.model.train()
-        torch.manual_seed(derive_seed(seed, plan.name, "dropout", step))
+        learner.forward.model.train()
+        torch.manual_seed(derive_seed(seed, plan.name, "dropout", step) + ranks.rank)
         batch = training_batch(plan.rows.at(step), policy)
         result = learner.step(batch, negative_log_likelihood)
         clock.lap("learn")
@@ -90,7 +92,8 @@ def metrics_of(result: StepSums) -> dict[str, float]:
 def measure_held_out(context: Context, plan: SftPlan, policy: Policy, best: Best | None, step: int) -> None:
     """Measure the policy on the stage's held-out rows, log it, and remember the policy if it is the best."""
     stage = plan.stage
-    metrics = measure_rows(policy, plan.held_out, stage.micro_batch_size or EVALUATION_ROWS, packed=stage.packing)
+    size = stage.micro_batch_size or EVALUATION_ROWS
+    metrics = measure_rows(policy, plan.held_out, size, packed=stage.packing, ranks=context.ranks)
     context.sinks.evaluation(plan.name, step, metrics, [])
     if best is not None:
         best.measured(step, metrics)

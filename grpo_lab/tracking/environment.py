@@ -21,8 +21,8 @@ PACKAGES = (
 )
 
 
-def environment() -> dict[str, Any]:
-    """Versions (null = not installed), hardware and CPU threads, as they are now."""
+def environment(num_processes: int = 1) -> dict[str, Any]:
+    """Versions (null = not installed), hardware, processes and the CPU threads of each, as they are now."""
     return {
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
         "hardware": {
@@ -31,6 +31,7 @@ def environment() -> dict[str, Any]:
             "cpu": torch.backends.cpu.get_cpu_capability(),
             "accelerators": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
         },
+        "num_processes": num_processes,
         "num_threads": torch.get_num_threads(),
     }
 

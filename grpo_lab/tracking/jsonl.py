@@ -80,6 +80,7 @@ def rollout_rows(end: StepEnd, scores: Scores) -> list[dict[str, Any]]:
                     "total": float(scores.total[p, g]),
                     "terms": {name: float(values[p, g]) for name, values in scores.terms.items()},
                     "status": {name: statuses[p][g] for name, statuses in scores.status.items()},
+                    **({} if group.policy_version is None else {"policy_version": group.policy_version}),
                     **({"extra": {column: v[p][g] for column, v in scores.extra.items()}} if scores.extra else {}),
                 }
             )

@@ -129,9 +129,9 @@ class RunFolder:
         if reason not in because:
             self._write({"exact": False, "inexact_because": [*because, reason]})
 
-    def compare_environment(self) -> list[str]:
+    def compare_environment(self, num_processes: int = 1) -> list[str]:
         """What differs from the machine and versions the run began with; each difference makes the run inexact."""
-        found = differences(self.info()["environment"], environment())
+        found = differences(self.info()["environment"], environment(num_processes))
         for difference in found:
             self.mark_inexact(f"resumed elsewhere: {difference}")
         return found
@@ -180,6 +180,26 @@ class RunFolder:
 
     def _write(self, changes: Mapping[str, Any]) -> None:
         write_json(self.path / RUN, {**self.info(), **changes, "changed": _now()})
+
+
+class SharedRunFolder(RunFolder):
+    """A run's folder that the first process of the run uses; this one, another of them, only reads."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def set_status(self, status: Status) -> None:
+        """The first process says it."""
+
+    def mark_inexact(self, reason: str) -> None:
+        """The first process says it."""
+
+    def stage(self, name: str) -> StageFolder:
+        """The folder of one stage, which the first process makes."""
+        return StageFolder(self.path / name)
+
+    def close(self) -> None:
+        """There is no lock."""
 
 
 def _fill(

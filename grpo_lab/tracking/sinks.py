@@ -25,6 +25,27 @@ class Sink(Protocol):
         """The run is over."""
 
 
+class SilentSink:
+    """Nowhere: for the processes of a run that write nothing."""
+
+    def step(self, end: StepEnd) -> None:
+        """Say nothing."""
+
+    def evaluation(
+        self, stage: str, step: int, metrics: Mapping[str, float], rows: Sequence[Mapping[str, Any]]
+    ) -> None:
+        """Say nothing."""
+
+    def event(self, stage: str, step: int, kind: str, message: str, data: Mapping[str, Any]) -> None:
+        """Say nothing."""
+
+    def close(self) -> None:
+        """Nothing to do."""
+
+    def truncate(self, stage: str, step: int) -> None:
+        """There is nothing to forget."""
+
+
 class Sinks:
     """Several sinks as one. The first may stop the run (a log that cannot be written must); the others never do.
 

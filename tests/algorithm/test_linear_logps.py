@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
 
 from grpo_lab.algorithm import linear_logps as module
 from grpo_lab.algorithm.linear_logps import linear_logps
@@ -100,3 +102,27 @@ def test_large_logits_do_not_overflow_and_a_token_without_mass_harms_nothing():
 def test_a_temperature_of_zero_is_an_error():
     with pytest.raises(ValueError, match="must be above 0"):
         linear_logps(*inputs(), IDS, ROWS, temperature=0.0)
+
+
+class Largest(TorchDispatchMode):
+    """The most bytes of one tensor that was made inside."""
+
+    nbytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.nbytes = max([self.nbytes, *(t.untyped_storage().nbytes() for t in tree_iter(out) if torch.is_tensor(t))])
+        return out
+
+
+@pytest.mark.parametrize("gradient", [True, False])
+def test_there_are_never_more_logits_at_once_than_the_stated_bound(monkeypatch, gradient):
+    rows, vocabulary, bound = 40, 50, 200  # four rows of logits at a time
+    monkeypatch.setattr(module, "_LOGITS_AT_ONCE", bound)
+    hidden, weight = torch.randn(rows, 3, requires_grad=gradient), torch.randn(vocabulary, 3, requires_grad=gradient)
+    at = torch.arange(rows)
+    with Largest() as largest:
+        logps = linear_logps(hidden, weight, None, at, at, held=rows * vocabulary - 1).logps
+        if gradient:
+            logps.sum().backward()
+    assert 4 * vocabulary <= largest.nbytes <= 4 * bound

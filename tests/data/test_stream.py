@@ -147,7 +147,8 @@ def test_by_length_a_step_is_a_function_of_the_step():
 
 def test_by_length_a_step_holds_items_of_similar_length():
     def spread(stream):
-        batches = [[LENGTHS[item] for item in stream.at(step)] for step in range(12)]
+        within = [step for step in range(36) if (step * 8) // 103 == (step * 8 + 7) // 103]  # not over an epoch's end
+        batches = [[LENGTHS[item] for item in stream.at(step)] for step in within]
         return sum(max(batch) - min(batch) for batch in batches) / len(batches)
 
     plain = PromptStream(range(len(LENGTHS)), 8, seed=3)

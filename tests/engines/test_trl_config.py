@@ -99,6 +99,9 @@ def test_the_tables_know_no_key_that_is_gone():
         assert any(name == key or name.startswith(f"{key}.") for name in known), key
 
 
+VLLM = {"sampling.backend": "vllm"}
+SERVER = {"sampling.backend": "vllm-server", "sampling.vllm.urls": ["http://127.0.0.1:8000"]}
+
 # key -> another value (and what else it needs), so that the argument it decides must change
 OTHERS: dict[str, dict[str, Any]] = {
     "steps": {"steps": 5},
@@ -112,6 +115,15 @@ OTHERS: dict[str, dict[str, Any]] = {
     "sampling.top_p": {"sampling.top_p": 0.9, "algorithm.sampler_correction": "truncate"},
     "sampling.top_k": {"sampling.top_k": 5, "algorithm.sampler_correction": "truncate"},
     "sampling.min_p": {"sampling.min_p": 0.1, "algorithm.sampler_correction": "truncate"},
+    "sampling.backend": {"sampling.backend": "vllm"},
+    "sampling.vllm.memory_share": {**VLLM, "sampling.vllm.memory_share": 0.5},
+    "sampling.vllm.max_model_length": {**VLLM, "sampling.vllm.max_model_length": 64},
+    "sampling.vllm.sleep": {**VLLM, "sampling.vllm.sleep": True},
+    "sampling.vllm.urls": SERVER,
+    "sampling.vllm.timeout_seconds": {**SERVER, "sampling.vllm.timeout_seconds": 5.0},
+    "algorithm.sampler_correction": VLLM,
+    "algorithm.sampler_correction_level": {**VLLM, "algorithm.sampler_correction_level": "sequence"},
+    "algorithm.sampler_correction_cap": {**VLLM, "algorithm.sampler_correction_cap": 3.0},
     "rewards.weight": {"rewards.weight": 3.0},
     "algorithm.reward_aggregation": {
         "algorithm.reward_aggregation": "normalize_then_sum",
@@ -166,7 +178,9 @@ IMPOSSIBLE: dict[str, list[dict[str, Any]]] = {
         }
     ],
     "score_while_sampling": [{"score_while_sampling": True}],
-    "sampling.max_rows": [{"sampling.max_rows": 8}],
+    "sampling.max_rows": [{"sampling.max_rows": 8}, {**VLLM, "sampling.max_rows": 8}],
+    "sampling.vllm.urls": [{**SERVER, "sampling.vllm.urls": ["http://127.0.0.1:8000", "http://127.0.0.1:8001"]}],
+    "sampling.vllm.exchange": [{**SERVER, "sampling.vllm.exchange": "/shared"}],
     "algorithm.advantage_baseline": [
         {"algorithm.advantage_baseline": "leave_one_out", "algorithm.advantage_scale": "none"},
         {"algorithm.advantage_baseline": "batch", "algorithm.advantage_scale": "batch"},
@@ -218,6 +232,23 @@ def test_under_a_control_trl_gets_one_total_of_weight_1_whatever_the_terms_weigh
     stage = stage_with({"rewards.weight": SCHEDULE, "algorithm": normalised, "reward_control": "random"})
     assert unsupported(stage) == []
     assert arguments(stage, Model(**MODEL), seed=0)["reward_weights"] == [1.0]
+
+
+@pytest.mark.parametrize(
+    "correction, level, expected",
+    [
+        ("truncate", "token", (True, "token_truncate")),
+        ("mask", "sequence", (True, "sequence_mask")),
+        ("none", "token", (False, "token_truncate")),
+    ],
+)
+def test_the_correction_for_vllm_is_trl_s(correction, level, expected):
+    values = {"algorithm.sampler_correction": correction, "algorithm.sampler_correction_level": level}
+    stage = stage_with({**VLLM, **values})
+    assert unsupported(stage) == []
+    found = arguments(stage, Model(**MODEL), seed=0)
+    assert (found["vllm_importance_sampling_correction"], found["vllm_importance_sampling_mode"]) == expected
+    assert (found["vllm_mode"], found["vllm_importance_sampling_clip_max"]) == ("colocate", 2.0)
 
 
 def test_the_default_stage_and_a_sampler_of_ours_with_max_rows_are_not_refused():

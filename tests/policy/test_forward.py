@@ -245,3 +245,14 @@ def test_the_plain_head_runs_on_completion_positions_only(make_policy):
     policy.model.lm_head.register_forward_hook(lambda _module, inputs, _out: shapes.append(tuple(inputs[0].shape)))
     plain_forward(policy.model, batch_of(policy), temperature=1.0)
     assert shapes == [(6, 7, 32)]  # 6 rows, 6 completion columns and the prompt's last, of 13 columns
+
+
+def test_a_prompt_counts_for_the_bound_on_tokens_where_it_has_one_completion_only(make_policy, monkeypatch):
+    policy = make_policy()
+    monkeypatch.setattr("grpo_lab.policy.forward.TOKENS_HELD", 20)
+    forward = PolicyForward(policy.model, temperature=1.0)
+    prompts, completion = [[5] * 8, [6] * 2, [7] * 2], [9, 9, 9]
+    alone = pad_rows(prompts, [0, 1, 2], [completion] * 3, policy)
+    assert forward.micro_batches(alone, None) == [(0, 2), (2, 3)]  # 11 + 5, then 5
+    shared = pad_rows(prompts, [0] * 4 + [1] * 4, [completion] * 8, policy)
+    assert forward.micro_batches(shared, None) == [(0, 4), (4, 8)]  # 12 each, whatever the prompt

@@ -343,7 +343,7 @@ def test_in_a_run_calls_begin_before_the_sampling_of_their_step_has_ended(recipe
     spans: list[tuple[float, float]] = []
     sample = NativeSampler.sample_telling
 
-    def waiting(self, examples, listener, *, num_generations, seed):
+    def waiting(self, examples, listener, *, num_generations, seed, first_group=0):
         start, rows = time.monotonic(), set()
 
         def tell(ended) -> None:
@@ -370,7 +370,7 @@ def test_in_a_run_calls_begin_before_the_sampling_of_their_step_has_ended(recipe
 def test_sampling_that_fails_in_a_run_leaves_no_process(recipe, monkeypatch):
     sample = NativeSampler.sample_telling
 
-    def failing(self, examples, listener, *, num_generations, seed):
+    def failing(self, examples, listener, *, num_generations, seed, first_group=0):
         before = len(began(recipe))
 
         def tell(ended) -> None:
@@ -404,3 +404,8 @@ def test_a_recipe_in_which_nothing_could_begin_early_is_refused(recipe, override
     with pytest.raises(RecipeError) as error:
         assemble(load(recipe, [f"stages.grpo.{override}"]))
     assert any(problem in each for each in error.value.problems), error.value.problems
+
+
+def test_several_processes_are_refused(recipe):
+    with pytest.raises(RecipeError, match="score_while_sampling: several processes score when all have sampled"):
+        assemble(load(recipe), num_processes=2)

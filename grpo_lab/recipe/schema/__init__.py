@@ -9,9 +9,9 @@ from grpo_lab.recipe.schema.block import Block, Fraction
 from grpo_lab.recipe.schema.data import Answer, Classes, Cut, Data, Gathered, Partition, Questions, Tagged
 from grpo_lab.recipe.schema.grpo import GrpoStage
 from grpo_lab.recipe.schema.model import SHIPPED_TEMPLATES, Lora, Model, Quantization, StageModel, TokenizerBuild
-from grpo_lab.recipe.schema.recipe import Push, Recipe, Stage, Tracking, Wandb
+from grpo_lab.recipe.schema.recipe import Distributed, Push, Recipe, Stage, Tracking, Wandb
 from grpo_lab.recipe.schema.rewards import RewardTerm, WeightSchedule
-from grpo_lab.recipe.schema.sampling import Sampling
+from grpo_lab.recipe.schema.sampling import Sampling, Vllm
 from grpo_lab.recipe.schema.sft import KeyTokens, Selection, SftStage
 from grpo_lab.recipe.schema.stage import Checkpoint, Evaluation, Optimizer, StageBase
 
@@ -24,6 +24,7 @@ __all__ = [
     "Classes",
     "Cut",
     "Data",
+    "Distributed",
     "Evaluation",
     "Fraction",
     "Gathered",
@@ -48,6 +49,7 @@ __all__ = [
     "Tagged",
     "TokenizerBuild",
     "Tracking",
+    "Vllm",
     "Wandb",
     "WeightSchedule",
 ]

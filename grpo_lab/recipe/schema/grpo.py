@@ -1,13 +1,13 @@
 """The GRPO stage."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from grpo_lab.recipe.schema.algorithm import Algorithm
 from grpo_lab.recipe.schema.block import Fraction, PositiveInt
 from grpo_lab.recipe.schema.rewards import RewardTerm
-from grpo_lab.recipe.schema.sampling import Sampling
+from grpo_lab.recipe.schema.sampling import OWN_WEIGHTS, Sampling
 from grpo_lab.recipe.schema.stage import StageBase
 
 
@@ -48,6 +48,17 @@ class GrpoStage(StageBase):
         if buffer == 0 or any(term.key == "overlong" for term in self.rewards):
             return self.rewards
         return [*self.rewards, RewardTerm(name="overlong", options={"max_length": length, "buffer": buffer})]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _correct_what_vllm_samples(cls, values: Any) -> Any:
+        """Other kernels are not quite the policy: unless the recipe says otherwise, tokens are weighted for it."""
+        if not isinstance(values, dict) or not isinstance(values.get("sampling"), dict):
+            return values
+        algorithm = values.get("algorithm", {})
+        if values["sampling"].get("backend") not in OWN_WEIGHTS or not isinstance(algorithm, dict):
+            return values
+        return {**values, "algorithm": {"sampler_correction": "truncate", **algorithm}}
 
     @model_validator(mode="after")
     def _sizes_and_terms(self) -> "GrpoStage":

@@ -1,12 +1,13 @@
 """A whole recipe: a model, its stages in order, and what is written beside the metrics."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from grpo_lab.recipe.schema.block import Block, Name, PositiveInt, StageName
 from grpo_lab.recipe.schema.grpo import GrpoStage
 from grpo_lab.recipe.schema.model import Model
+from grpo_lab.recipe.schema.sampling import MAX_LOGPS_GAP, OWN_WEIGHTS
 from grpo_lab.recipe.schema.sft import SftStage
 
 Stage = Annotated[SftStage | GrpoStage, Field(discriminator="kind")]
@@ -47,6 +48,14 @@ class Tracking(Block):
     """Also send the last stage's model to the hub."""
 
 
+class Distributed(Block):
+    """How several processes share a run (torchrun, accelerate launch, `train --nproc`)."""
+
+    strategy: Literal["ddp", "fsdp2"] = "ddp"
+    """ddp: every process holds all weights. fsdp2: gradients, optimiser state and the trained weights lie in pieces over
+    the processes, beside whole weights to sample from; for stages in which all weights learn."""
+
+
 class Recipe(Block):
     """A run: a model and the stages it goes through."""
 
@@ -66,9 +75,35 @@ class Recipe(Block):
     """The policy."""
     stages: Annotated[dict[StageName, Stage], Field(min_length=1)]
     """The stages, in order; the key is the stage's name and folder."""
+    distributed: Distributed = Distributed()
+    """How several processes share the work; one process needs none of it."""
     tracking: Tracking = Tracking()
     """What is written beside the metrics."""
 
     def model_of(self, stage: SftStage | GrpoStage) -> Model:
         """The model block as it holds for a stage."""
         return self.model if stage.model is None else self.model.model_copy(update=dict(stage.model))
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_gap_for_dtype(cls, values: Any) -> Any:
+        """How far sampler and trainer may be apart depends on the model's dtype, which a stage does not know."""
+        if not isinstance(values, dict) or not isinstance(values.get("stages"), dict):
+            return values
+        model = values.get("model")
+        dtype = model.get("dtype", "float32") if isinstance(model, dict) else None
+        if not isinstance(dtype, str) or dtype not in MAX_LOGPS_GAP:
+            return values
+        stages = {name: _with_gap(stage, dtype) for name, stage in values["stages"].items()}
+        return {**values, "stages": stages}
+
+
+def _with_gap(stage: Any, dtype: str) -> Any:
+    """A GRPO stage as it was written, with the most that sampler and trainer may differ by."""
+    if not isinstance(stage, dict) or not isinstance(stage.get("sampling"), dict):
+        return stage
+    sampling = stage["sampling"]
+    if stage.get("engine") == "trl" and sampling.get("backend") in OWN_WEIGHTS:
+        dtype = "bfloat16"  # in which vLLM serves a float32 model, as TRL gives it no dtype
+    truncates = any(sampling.get(key, off) != off for key, off in (("top_p", 1.0), ("top_k", None), ("min_p", 0.0)))
+    return {**stage, "sampling": {"max_logps_gap": None if truncates else MAX_LOGPS_GAP[dtype], **sampling}}

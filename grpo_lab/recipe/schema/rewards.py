@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
-from grpo_lab.recipe.schema.block import Block, Name, PositiveInt
+from grpo_lab.recipe.schema.block import LIST, Block, Name, PositiveInt
 
 
 class WeightSchedule(Block):
@@ -28,7 +28,7 @@ class RewardTerm(Block):
     """What the reward is multiplied by: a number, or {start, end, steps}."""
     scale: Annotated[float, Field(allow_inf_nan=False)] = 1.0
     """The reward's own value is multiplied by this before it is clipped; metrics and `only_if` see the result."""
-    clip: tuple[float | None, float | None] | None = None
+    clip: Annotated[tuple[float | None, float | None], LIST] | None = None
     """[lowest, highest]: the scaled value is cut off there; null on one side leaves that side open."""
     only_if: str | None = None
     """The label of another term: this one counts only where that one is above 0."""

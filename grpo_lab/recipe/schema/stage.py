@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from grpo_lab.recipe.schema.block import Block, Fraction, PositiveInt, StageName
+from grpo_lab.recipe.schema.block import LIST, Block, Fraction, PositiveInt, StageName
 from grpo_lab.recipe.schema.data import Data
 from grpo_lab.recipe.schema.model import StageModel
 
@@ -20,7 +20,7 @@ class Optimizer(Block):
     """How the rate goes from its peak to 0 over the stage's optimiser steps."""
     warmup_steps: Annotated[float, Field(ge=0)] = 0
     """Optimiser steps of linear warm-up; below 1, a share of all."""
-    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    betas: Annotated[tuple[Fraction, Fraction], LIST] = (0.9, 0.999)
     """AdamW's decay rates."""
     epsilon: Annotated[float, Field(gt=0)] = 1e-8
     """AdamW's denominator floor."""

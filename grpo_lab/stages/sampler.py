@@ -1,0 +1,95 @@
+"""The stage's sampler: one that uses the trained weights, or one that follows them, and the watch over the latter."""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from grpo_lab.errors import StaleWeightsError
+from grpo_lab.policy.load import has_adapter
+from grpo_lab.policy.served import base_network, whole_weights, write_config, write_served
+from grpo_lab.recipe.schema import GrpoStage, Model, Sampling
+from grpo_lab.sampling import make_sampler
+from grpo_lab.sampling.dealt import FirstSampler
+from grpo_lab.sampling.decoding import Decoding, Sampler
+from grpo_lab.sampling.transfer import INEXACT, Transfer
+from grpo_lab.sampling.vllm_server import VllmServerSampler
+from grpo_lab.stages.running import Context
+from grpo_lab.tracking.folders import save_folder_atomic
+from grpo_lab.types import Callback, Policy, StepEnd
+
+FOLDER = "sampler"  # in the stage's folder: what is sent to a sampler with weights of its own
+
+
+@contextmanager
+def stage_sampler(context: Context, stage: GrpoStage, policy: Policy, *, version: int) -> Iterator[Sampler]:
+    """The sampler of a stage whose policy has learnt `version` steps; what it started is stopped in the end."""
+    settings, decoding = stage.sampling, Decoding.of(stage.sampling)
+    if not settings.has_own_weights:
+        yield make_sampler(settings.backend, policy, decoding, context.ranks)
+        return
+    if not context.ranks.is_first:
+        yield FirstSampler(None, context.ranks)
+        return
+    assert settings.vllm is not None
+    context.mark_inexact(INEXACT)
+    folder = context.folder.path / FOLDER
+    if settings.vllm.exchange is not None:
+        folder = Path(settings.vllm.exchange) / f"{context.recipe.name}-{context.folder.path.name}"
+    transfer = transfer_of(context.recipe.model_of(stage), policy, folder.absolute())
+    sampler: VllmServerSampler | VllmSampler
+    if settings.backend == "vllm-server":
+        sampler = VllmServerSampler(policy, decoding, settings.vllm, transfer, version=version)
+    else:
+        from grpo_lab.sampling.vllm import VllmSampler  # a second of import, needed only here
+
+        sampler = VllmSampler(policy, decoding, settings.vllm, transfer, version=version)
+    try:
+        yield sampler if context.ranks.world == 1 else FirstSampler(sampler, context.ranks)
+    finally:
+        sampler.close()
+        shutil.rmtree(transfer.folder, ignore_errors=True)
+
+
+def transfer_of(model: Model, policy: Policy, folder: Path) -> Transfer:
+    """How this stage's weights reach its sampler, through a folder that is made anew."""
+    shutil.rmtree(folder, ignore_errors=True)  # what a killed run has left
+    folder.mkdir(parents=True)
+    base = base_network(policy).name_or_path
+    return Transfer(
+        folder=folder,
+        base=base,
+        revision=model.revision if base == model.path else None,
+        lora_rank=model.lora.r if model.lora is not None and has_adapter(policy.model) else None,
+        dtype=model.dtype,
+        trust_remote_code=model.trust_remote_code,
+        tensors=whole_weights,
+        write=lambda policy, folder: save_folder_atomic(folder, lambda inner: write_served(policy, inner)),
+        drop=lambda folder: shutil.rmtree(folder),
+        write_config=write_config,
+    )
+
+
+def refusing_stale(sampling: Sampling) -> Callback:
+    """Stop the run where a step learnt from completions that are not the policy's.
+
+    A sampler with weights of its own may have missed an update: its version then is another step's, or, where it only
+    believes to be up to date, its log-probs are not the trainer's. Called after the step is logged and before it is saved.
+    """
+
+    def check(end: StepEnd) -> None:
+        for group in end.groups:
+            if group.policy_version not in (None, end.step - 1):
+                raise StaleWeightsError(
+                    f"step {end.step} of {end.stage}: {group.example.id} was sampled by the policy of step "
+                    f"{group.policy_version}, expected {end.step - 1}: the sampler has missed an update"
+                )
+        gap, limit = end.metrics.get("lab/sampler_gap"), sampling.max_logps_gap
+        if gap is not None and limit is not None and not gap <= limit:
+            raise StaleWeightsError(
+                f"step {end.step} of {end.stage}: trainer and sampler differ by {gap:.2g} nats per token, more than "
+                f"sampling.max_logps_gap ({limit:g}): the sampler's weights are not the policy's, or its temperature, "
+                "dtype or template is another. Nothing of this step was saved"
+            )
+
+    return check
