@@ -222,7 +222,7 @@ class Builder:
             loss_on=stage.loss_on,
             max_length=min(stage.max_length or self.context_length, self.context_length),
             learn_turns=stage.learn_turns,
-            key_tokens=stage.key_tokens,
+            key_tokens=stage.key_tokens if data is stage.data else None,  # held-out tokens count once
         )
         for problem in check_training_rows(rows):
             self.found.add(loc, problem)

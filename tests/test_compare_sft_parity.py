@@ -42,6 +42,17 @@ def test_both_engines_agree_within_the_gates(subject, case):
     assert checks["loss"].difference <= checks["loss"].gate
 
 
+@pytest.mark.parametrize(
+    "change",
+    ["model.lora={r: 4}", "model.config={model_type: gpt2, n_embd: 32, n_layer: 2, n_head: 4, n_positions: 128}"],
+)
+def test_adapters_and_absolute_positions_agree_too(toy_recipe, change):
+    plan = assemble(load(toy_recipe, [change]))
+    made = sft_subject(plan, supervised(plan, "warm_start"), 4)
+    found = compare_sft(made, SftCase(whole=False, packing=True, accumulation=4))
+    assert found.first_failure is None, found.checks
+
+
 def test_the_cases_are_all_of_them():
     assert len({case.name for case in CASES}) == len(CASES) == 8
     assert {case.accumulation for case in CASES} == {1, 4}

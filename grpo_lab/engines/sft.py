@@ -56,7 +56,7 @@ def measure_rows(
     """Over all learned tokens of all rows, each counted once whatever it weighs in training: the mean negative
     log-likelihood (nats), its exponential, and the share that is the model's first choice."""
     policy.model.eval()
-    forward = PolicyForward(policy.model, temperature=1.0, packed=packed)
+    forward = PolicyForward(policy.model, temperature=1.0, packed=packed, first_choices=True)
     total, count, right = 0.0, 0, 0
     for first in range(0, len(rows), rows_at_once):
         part = [replace(rows[index], weights=None) for index in range(first, min(first + rows_at_once, len(rows)))]

@@ -22,6 +22,7 @@ from grpo_lab.recipe.schema import Model, SftStage
 from grpo_lab.types import Policy
 
 from trl import SFTConfig, SFTTrainer  # isort: skip
+from trl.trainer.utils import disable_dropout_in_model  # isort: skip
 
 
 class SftProbe(SFTTrainer):
@@ -57,6 +58,7 @@ def read_out(policy: Policy, batches: Sequence[Sequence[TrainingRow]], stage: Sf
         raise RecipeError([f"{'.'.join(place)}: {message}" for place, message in problems])
     network: Any = copy.deepcopy(policy.model)
     switch_dropout_off(network)
+    disable_dropout_in_model(network)
     rows = [row for batch in batches for row in batch]
     optimizer = torch.optim.SGD(
         [parameter for parameter in network.parameters() if parameter.requires_grad], lr=stage.optimizer.learning_rate

@@ -30,14 +30,22 @@ class PolicyForward(nn.Module):
 
     Where the model allows it a batch is computed packed: each prompt once, each real token once, each needed logit
     once, and never more logits than a stated bound. Elsewhere it is computed plainly, row by row with padding, and
-    `plain_because` says why; so it is where nobody wants it `packed`.
+    `plain_because` says why; so it is where nobody wants it `packed`. `first_choices`: also say how probable the most
+    probable tokens are, which costs a packed pass nothing.
     """
 
     def __init__(
-        self, model: nn.Module, *, temperature: float, entropy_gradient: bool = False, packed: bool = True
+        self,
+        model: nn.Module,
+        *,
+        temperature: float,
+        entropy_gradient: bool = False,
+        packed: bool = True,
+        first_choices: bool = False,
     ) -> None:
         super().__init__()
         self.packed = packed
+        self.first_choices = first_choices
         self.model = model
         self.temperature = temperature
         self.entropy_gradient = entropy_gradient
@@ -50,7 +58,13 @@ class PolicyForward(nn.Module):
                 return packed_forward(self.model, batch, temperature=self.temperature)
             except NotPackableError as reason:
                 self.plain_because = str(reason)
-        return plain_forward(self.model, batch, temperature=self.temperature, entropy_gradient=self.entropy_gradient)
+        return plain_forward(
+            self.model,
+            batch,
+            temperature=self.temperature,
+            entropy_gradient=self.entropy_gradient,
+            first_choices=self.first_choices,
+        )
 
     def micro_batches(self, batch: Batch, size: int | None) -> list[tuple[int, int]]:
         """Where to cut a batch: `size` rows each, or whole groups, as many as the bounds on tokens and logits allow.
@@ -104,7 +118,12 @@ def packed_forward(model: nn.Module, batch: Batch, *, temperature: float) -> Log
 
 
 def plain_forward(
-    model: nn.Module, batch: Batch, *, temperature: float, entropy_gradient: bool = False
+    model: nn.Module,
+    batch: Batch,
+    *,
+    temperature: float,
+    entropy_gradient: bool = False,
+    first_choices: bool = False,
 ) -> LogpsAndEntropy:
     """The same, row by row: right for every decoder, whatever its attention.
 
@@ -127,8 +146,7 @@ def plain_forward(
         )  # bfloat16 would round the quotient; the sampler does not
     with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
         undecided = entropy(logits)
-    most = logits.detach().argmax(-1)
-    largest = selected_logps(logits.detach(), most)
+    largest = selected_logps(logits.detach(), logits.detach().argmax(-1)) if first_choices else None
     return LogpsAndEntropy(selected_logps(logits, batch.completion_ids), undecided, largest)
 
 

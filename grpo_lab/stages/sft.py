@@ -37,7 +37,7 @@ def run_sft(context: Context, plan: SftPlan) -> None:
     stage = plan.stage
     model, seed = context.recipe.model_of(stage), context.recipe.seed
     policy = load_policy(model, context.tokenizer, seed=seed, folder=context.start)
-    forward = PolicyForward(policy.model, temperature=1.0, packed=stage.packing)
+    forward = PolicyForward(policy.model, temperature=1.0, packed=stage.packing, first_choices=True)
     learner = Learner(
         forward,
         stage.optimizer,
