@@ -10,7 +10,9 @@ import pytest
 from grpo_lab.assemble import assemble
 from grpo_lab.baselines import baselines
 from grpo_lab.bundled import find_recipe, shipped_recipes
-from grpo_lab.recipe import load
+from grpo_lab.data.fields import text_field
+from grpo_lab.data.sources import load_rows
+from grpo_lab.recipe import load, load_recipe
 from grpo_lab.stages.plan import GrpoPlan
 
 ROOT = Path(__file__).parents[2]
@@ -86,16 +88,29 @@ TINY = {
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_a_tiny_task_recipe_assembles_on_real_data_and_its_header_has_numbers(name):
-    if not (REAL_DATA / TINY[name]).is_dir():
+def test_a_tiny_task_recipe_assembles_on_real_data_and_no_prompt_stands_on_both_sides(name):
+    root = REAL_DATA / TINY[name]
+    if not root.is_dir():
         pytest.skip(f"no real data in {REAL_DATA}; set GRPO_LAB_DATA")
-    plan = assemble(load(find_recipe(name), [f"data_root={REAL_DATA / TINY[name]}"]))
-    learnt, measured = plan.stages[-1].prompts.items, plan.stages[-1].held_out
-    assert len(measured) >= 150
-    assert not {example.prompt for example in learnt} & {example.prompt for example in measured}
+    few = [f"stages.{block}.limit=60" for block in ("warm_start.data", "grpo.data")]
+    plan = assemble(load(find_recipe(name), [f"data_root={root}", *few]))
+    assert len(plan.stages[-1].held_out) >= 150
+    stage = load_recipe(find_recipe(name)).stages["grpo"]
+    learnt, measured = (prompts(data, root) for data in (stage.data, stage.evaluation.data))
+    assert len(learnt) > 1000
+    assert not learnt & measured
+
+
+def prompts(data, root) -> set[str]:
+    return {text_field(row, data.prompt, "data.prompt") for row in load_rows(data, root=root, seed=0)}
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_a_tiny_task_recipe_s_header_has_the_numbers_of_a_run(name):
     header = find_recipe(name).read_text().split("\nname:")[0]
     assert "# Result, 2026-" in header
     assert header.count("[") > 3  # intervals
+    assert "baseline" in header
 
 
 def test_every_task_recipe_is_here():
