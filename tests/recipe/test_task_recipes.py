@@ -92,7 +92,7 @@ def test_a_tiny_task_recipe_assembles_on_real_data_and_no_prompt_stands_on_both_
     root = REAL_DATA / TINY[name]
     if not root.is_dir():
         pytest.skip(f"no real data in {REAL_DATA}; set GRPO_LAB_DATA")
-    few = [f"stages.{block}.limit=60" for block in ("warm_start.data", "grpo.data")]
+    few = [f"stages.{block}.limit=200" for block in ("warm_start.data", "grpo.data")]
     plan = assemble(load(find_recipe(name), [f"data_root={root}", *few]))
     assert len(plan.stages[-1].held_out) >= 150
     stage = load_recipe(find_recipe(name)).stages["grpo"]
