@@ -26,7 +26,7 @@ from grpo_lab.types import Attempts, Example, Group, Policy, Scores, StepEnd
 
 @dataclass(frozen=True)
 class Parts:
-    """Everything the loop works with, already built. `reference` is None when beta is 0, `folder` where nothing is written.
+    """Everything the loop works with, already built. `reference` is None when beta is 0.
 
     With several processes (`ranks`) the loop stays what it is: sampler, rewards and learner deal the work out among them.
     """
@@ -40,7 +40,7 @@ class Parts:
     sampler: Sampler
     rewards: RewardSet
     learner: Learner
-    folder: Path | None
+    folder: Path
     ranks: Ranks = ALONE
 
 
@@ -103,7 +103,8 @@ def _draw(parts: Parts, examples: list[Example], seed: int, step: int, clock: St
     groups = parts.sampler.sample(examples, num_generations=parts.stage.sampling.num_generations, seed=seed)
     clock.lap("sample")
     scores = parts.rewards.score(groups, before_step(parts.stage, step))
-    check_budget(scores, groups, max_failed=parts.stage.max_failed_rewards, folder=parts.folder)
+    if parts.ranks.is_first:  # all have the same scores; one ends the run, and writes down why
+        check_budget(scores, groups, max_failed=parts.stage.max_failed_rewards, folder=parts.folder)
     clock.lap("score")
     return groups, controlled(scores, parts.stage.reward_control, seed=derive_seed(seed, "control"))
 

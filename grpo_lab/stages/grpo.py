@@ -78,7 +78,7 @@ def run_grpo(context: Context, plan: GrpoPlan) -> None:
         sampler=make_sampler(stage.sampling.backend, policy, Decoding.of(stage.sampling), ranks),
         rewards=plan.rewards,
         learner=learner,
-        folder=context.folder.path if ranks.is_first else None,
+        folder=context.folder.path,
         ranks=ranks,
     )
     report = reporting(
