@@ -80,6 +80,11 @@ class Context:
     mark_inexact: Callable[[str], None]
     ranks: Ranks = ALONE
 
+    @property
+    def in_pieces(self) -> bool:
+        """Whether the trained weights lie in pieces over the processes."""
+        return self.ranks.world > 1 and self.recipe.distributed.strategy == "fsdp2"
+
 
 def resume(
     context: Context,
