@@ -60,9 +60,7 @@ def train(parts: Parts, *, start: int, report: Callable[[StepEnd], None]) -> Non
         groups, scores, attempts = collect(parts, step, clock)  # G answers to each of P prompts, from pi_old, scored
         learn_without_dropout(parts.learner.forward.model)
         batch = pad(groups, parts.policy)  # the only place that pads; masks from lengths
-        batch = with_logps(
-            batch, parts.policy, parts.reference, stage, parts.ranks
-        )  # log pi_old, log pi_ref: if needed
+        batch = with_logps(batch, parts.policy, parts.reference, stage, parts.ranks)  # log pi_old, pi_ref: if needed
         batch = with_advantages(batch, scores, stage)  # A and the weight of every token
         stats = update(parts.learner, batch, stage.algorithm)  # the clipped objective
         parts.sampler.sync(parts.policy)
