@@ -21,7 +21,7 @@ from grpo_lab.sampling.vllm_needs import require_vllm
 from grpo_lab.scoring import start_nursery
 from grpo_lab.scoring.dealt import scores_here
 from grpo_lab.stages.grpo import run_grpo
-from grpo_lab.stages.plan import SftPlan
+from grpo_lab.stages.plan import GrpoPlan, SftPlan
 from grpo_lab.stages.running import Context, StopSignal
 from grpo_lab.stages.sft import run_sft
 from grpo_lab.tracking.console import ConsoleSink
