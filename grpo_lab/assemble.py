@@ -2,12 +2,13 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, TypeVar
 
+from grpo_lab.checks import Loc, Problems, check_order, check_processes
 from grpo_lab.corpus_metrics import KINDS
 from grpo_lab.data.chat import prefills_thinking, template_problems
 from grpo_lab.data.examples import (
@@ -28,7 +29,7 @@ from grpo_lab.engines.trl_config import require_trl, unsupported
 from grpo_lab.engines.trl_sft_config import unsupported_sft
 from grpo_lab.errors import RecipeError
 from grpo_lab.policy.load import context_length, eos_ids, generation_config, load_tokenizer, model_config
-from grpo_lab.recipe import LoadedRecipe, Recipe, SourceMap
+from grpo_lab.recipe import LoadedRecipe, Recipe
 from grpo_lab.recipe.schema import Data, GrpoStage, RewardTerm, SftStage, TokenizerBuild
 from grpo_lab.scoring import Registry, Settings, Workers, bind, discover, problems
 from grpo_lab.scoring.early import NONE_EARLY
@@ -37,9 +38,7 @@ from grpo_lab.stages.plan import GrpoPlan, SftPlan
 from grpo_lab.types import Example
 
 T = TypeVar("T")
-Loc = tuple[str | int, ...]
 MAX_HASHED_ROWS = 10_000
-FOLDERS_OF_A_RUN = {"base", "plugins"}  # beside the stages' own
 
 # Every evaluation with gold answers reports both, unless the rewards name the task's own metric: a policy may learn to
 # please one reading of its answers only. They weigh nothing, so the reward stays the stage's own.
@@ -64,38 +63,6 @@ class Plan:
     labels: dict[str, dict[str, int]]
 
 
-class Problems:
-    """Collects what is wrong, each at its place in the recipe, so that a user sees everything at once."""
-
-    def __init__(self, sources: SourceMap) -> None:
-        self.sources = sources
-        self.found: list[str] = []
-
-    def add(self, parent: Loc, message: str) -> None:
-        """A message may begin with the key that it is about: `data.prompt: column ...`."""
-        head, separator, rest = message.partition(": ")
-        keys = head.split(".")
-        if separator and keys[0] in ("data", "model", "plugins") and all(key.isidentifier() for key in keys):
-            above = parent if keys[0] == "data" else ()
-            self.found.append(self.sources.problem((*above, *keys), rest))
-        else:
-            self.found.append(self.sources.problem(parent, message))
-
-    def attempt(self, parent: Loc, work: Callable[[], T]) -> T | None:
-        """The result of `work`, or None with its problems noted."""
-        try:
-            return work()
-        except RecipeError as error:
-            for problem in error.problems:
-                self.add(parent, problem)
-            return None
-
-    def stop_if_any(self) -> None:
-        """Raise them all together."""
-        if self.found:
-            raise RecipeError(self.found)
-
-
 def assemble(loaded: LoadedRecipe, *, tokenizer_folder: Path | None = None, num_processes: int = 1) -> Plan:
     """Build everything but the model. `tokenizer_folder` holds the tokenizer that an earlier start of the run made,
     `num_processes` is how many will train.
@@ -105,8 +72,8 @@ def assemble(loaded: LoadedRecipe, *, tokenizer_folder: Path | None = None, num_
     """
     recipe = loaded.recipe
     found = Problems(loaded.sources)
-    _check_order(recipe, found)
-    _check_processes(recipe, num_processes, found)
+    check_order(recipe, found)
+    check_processes(recipe, num_processes, found)
     registry = found.attempt(("plugins",), lambda: discover(recipe.plugins))
     rows = {
         loc: found.attempt(loc, lambda data=data: load_rows(data, root=Path(recipe.data_root or "."), seed=recipe.seed))
@@ -170,62 +137,6 @@ def _label_maps(recipe: Recipe, rows: dict[Loc, Rows], found: Problems) -> dict[
             if new:
                 found.add(at, f"data.shape: labels that the training rows do not have: {', '.join(new)}")
     return maps
-
-
-def _check_order(recipe: Recipe, found: Problems) -> None:
-    """Stages have names of their own and start from what there is before them."""
-    for name in sorted(FOLDERS_OF_A_RUN & recipe.stages.keys()):
-        found.add(("stages", name), f'"{name}" is a folder of every run; give the stage another name')
-    earlier = ["previous", "base"]
-    for name, stage in recipe.stages.items():
-        if name == "previous":
-            found.add(("stages", name), '"previous" has a meaning in start_from; give the stage another name')
-        if stage.start_from not in earlier:
-            found.add(("stages", name, "start_from"), f'"{stage.start_from}" is none of {", ".join(earlier)}')
-        earlier.append(name)
-    push = recipe.tracking.push
-    if not found.found and push is not None and not push.merge and base_is_local(recipe):
-        message = "the last stage leaves an adapter on a model that only this machine has, so nobody could use it; add"
-        found.add(("tracking", "push"), f"{message} merge: true")
-
-
-def base_is_local(recipe: Recipe) -> bool:
-    """Whether the last stage leaves an adapter whose base only this machine has: other stages' work, or a local model."""
-    names = list(recipe.stages)
-    name = names[-1]
-    while True:
-        stage = recipe.stages[name]
-        if recipe.model_of(stage).lora is None:
-            return name != names[-1]
-        earlier = names[: names.index(name)]
-        name = stage.start_from if stage.start_from != "previous" else earlier[-1] if earlier else "base"
-        if name == "base":
-            return recipe.model.path is None or Path(recipe.model.path).is_dir()
-
-
-def _check_processes(recipe: Recipe, num_processes: int, found: Problems) -> None:
-    """What several processes, or weights in pieces, cannot do."""
-    in_pieces = recipe.distributed.strategy == "fsdp2"
-    for name, stage in recipe.stages.items():
-        model = recipe.model_of(stage)
-        if in_pieces and (model.lora is not None or model.quantization is not None):
-            message = f"fsdp2 is for stages in which all weights learn, and {name} learns an adapter; ddp is for those"
-            found.add(("distributed", "strategy"), message)
-        if in_pieces and "8bit" in stage.optimizer.name:
-            message = f"{stage.optimizer.name} cannot keep its state in pieces (distributed.strategy: fsdp2); set adamw"
-            found.add(("stages", name, "optimizer", "name"), message)
-        if stage.engine == "trl" and (in_pieces or num_processes > 1):
-            message = (
-                "trl trains in one process here: over several its trainer deals prompts, reduces losses and saves in its "
-                "own way, which nothing compares with ours; use engine: native, or one process and strategy ddp"
-            )
-            found.add(("stages", name, "engine"), message)
-        if isinstance(stage, GrpoStage) and stage.sampling.backend == "vllm" and num_processes > 1:
-            message = "vLLM in this process samples for one process; with several use vllm-server, or native"
-            found.add(("stages", name, "sampling", "backend"), message)
-        if isinstance(stage, GrpoStage) and stage.score_while_sampling and num_processes > 1:
-            message = "several processes score when all have sampled; leave it out, or use one process"
-            found.add(("stages", name, "score_while_sampling"), message)
 
 
 @dataclass(frozen=True)

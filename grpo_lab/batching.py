@@ -76,7 +76,7 @@ def with_logps(batch: Batch, policy: Policy, reference: Policy | None, stage: Gr
     needs_entropy = algorithm.top_entropy_quantile < 1
     if needs_old or needs_entropy:
         forward = PolicyForward(policy.model, temperature=temperature)
-        logps, entropy = by_all(batch, ranks, lambda rows: without_gradient(forward, rows, micro_batch_size=size))
+        logps, entropy = by_all(batch, ranks, lambda rows: without_gradient(forward, rows, micro_batch_size=size)[:2])
         batch = replace(batch, old_logps=logps if needs_old else None, old_entropy=entropy if needs_entropy else None)
     if has_kl:
         assert reference is not None

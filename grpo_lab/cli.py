@@ -39,10 +39,13 @@ def train(
     nproc: Annotated[int, typer.Option(min=1, help="train with so many processes on this machine")] = 1,
 ) -> None:
     """Take a model through a recipe's stages."""
-    if nproc > 1 and not dry_run and "WORLD_SIZE" not in os.environ:
+    together = int(os.environ.get("WORLD_SIZE", "1"))
+    if nproc > 1 and not dry_run and together == 1:
         from grpo_lab.commands.launching import launch
 
         raise typer.Exit(launch(sys.argv[1:], nproc))
+    if together > 1 and nproc not in (1, together):
+        raise UsageError(f"--nproc {nproc}: a launcher has started {together} processes already; leave --nproc out")
     from grpo_lab.commands import training
 
     overrides = [*(overrides or [])]

@@ -145,9 +145,12 @@ def _join() -> Ranks:
         return ALONE
     backend = "gloo"
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         backend = "cpu:gloo,cuda:nccl"
-    store, rank, world = next(distributed.rendezvous("env://", timeout=PATIENCE))
+    try:
+        store, rank, world = next(distributed.rendezvous("env://", timeout=PATIENCE))
+    except ValueError as error:
+        raise SetupError(f"WORLD_SIZE is set, as by torchrun, but: {error}") from error
     distributed.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=PATIENCE)
     return Ranks(rank, world, store)
 

@@ -26,7 +26,7 @@ from grpo_lab.types import Attempts, Example, Group, Policy, Scores, StepEnd
 
 @dataclass(frozen=True)
 class Parts:
-    """Everything the loop works with, already built. `reference` is None when beta is 0, `folder` where nothing is written.
+    """Everything the loop works with, already built. `reference` is None when beta is 0.
 
     With several processes (`ranks`) the loop stays what it is: sampler, rewards and learner deal the work out among them.
     """
@@ -40,7 +40,7 @@ class Parts:
     sampler: Sampler
     rewards: RewardSet
     learner: Learner
-    folder: Path | None
+    folder: Path
     ranks: Ranks = ALONE
 
 
@@ -60,9 +60,7 @@ def train(parts: Parts, *, start: int, report: Callable[[StepEnd], None]) -> Non
         groups, scores, attempts = collect(parts, step, clock)  # G answers to each of P prompts, from pi_old, scored
         learn_without_dropout(parts.learner.forward.model)
         batch = pad(groups, parts.policy)  # the only place that pads; masks from lengths
-        batch = with_logps(
-            batch, parts.policy, parts.reference, stage, parts.ranks
-        )  # log pi_old, log pi_ref: if needed
+        batch = with_logps(batch, parts.policy, parts.reference, stage, parts.ranks)  # log pi_old, pi_ref: if needed
         batch = with_advantages(batch, scores, stage)  # A and the weight of every token
         stats = update(parts.learner, batch, stage.algorithm)  # the clipped objective
         parts.sampler.sync(parts.policy)
@@ -108,7 +106,8 @@ def _draw(parts: Parts, examples: list[Example], seed: int, step: int, clock: St
         groups = parts.sampler.sample(examples, num_generations=count, seed=seed)
     clock.lap("sample")
     scores = parts.rewards.score(groups, before_step(parts.stage, step), early)
-    check_budget(scores, groups, max_failed=parts.stage.max_failed_rewards, folder=parts.folder)
+    if parts.ranks.is_first:  # all have the same scores; one ends the run, and writes down why
+        check_budget(scores, groups, max_failed=parts.stage.max_failed_rewards, folder=parts.folder)
     clock.lap("score")
     return groups, controlled(scores, parts.stage.reward_control, seed=derive_seed(seed, "control"))
 

@@ -40,22 +40,10 @@ def run_grpo(context: Context, plan: GrpoPlan) -> None:
         run_grpo_trl(context, plan)
         return
     stage, recipe, ranks = plan.stage, context.recipe, context.ranks
-    plan = replace(plan, rewards=dealt(plan.rewards, ranks), held_out_rewards=dealt(plan.held_out_rewards, ranks))
+    plan = shared_out(plan, ranks)
     policy = load_policy(recipe.model_of(stage), context.tokenizer, seed=recipe.seed, folder=context.start)
     reference = frozen_copy(policy) if stage.algorithm.beta > 0 else None  # before resume: as the stage began
-    forward = PolicyForward(
-        policy.model,
-        temperature=stage.sampling.temperature,
-        entropy_gradient=stage.algorithm.entropy_bonus > 0,
-    )
-    learner = Learner(
-        forward,
-        stage.optimizer,
-        total_steps=stage.steps * stage.algorithm.num_iterations * stage.algorithm.num_minibatches,
-        micro_batch_size=stage.micro_batch_size,
-        ranks=ranks,
-        sharded=ranks.world > 1 and recipe.distributed.strategy == "fsdp2",
-    )
+    learner = make_learner(context, stage, policy)
     moving = reference if stage.algorithm.reference_refresh is not None else None
     start = resume(context, plan.name, policy, learner, moving_reference=moving, rewards=plan.rewards)
     say_notes(context, plan.name, start, plan.rewards)
@@ -96,11 +84,33 @@ def run_grpo(context: Context, plan: GrpoPlan) -> None:
             sampler=sampler,
             rewards=plan.rewards,
             learner=learner,
-            folder=context.folder.path if ranks.is_first else None,
+            folder=context.folder.path,
             ranks=ranks,
         )
         train(parts, start=start, report=report)
     finish(context, plan.name, policy, recipe.model_of(stage), steps=stage.steps)
+
+
+def make_learner(context: Context, stage: GrpoStage, policy: Policy) -> Learner:
+    """The policy's forward pass as the stage trains with it, and its optimiser."""
+    return Learner(
+        PolicyForward(
+            policy.model,
+            temperature=stage.sampling.temperature,
+            entropy_gradient=stage.algorithm.entropy_bonus > 0,
+        ),
+        stage.optimizer,
+        total_steps=stage.steps * stage.algorithm.num_iterations * stage.algorithm.num_minibatches,
+        micro_batch_size=stage.micro_batch_size,
+        ranks=context.ranks,
+        sharded=context.in_pieces,
+    )
+
+
+def shared_out(plan: GrpoPlan, ranks: Ranks) -> GrpoPlan:
+    """The plan with rewards that all processes call together."""
+    rewards, held_out = dealt(plan.rewards, ranks), dealt(plan.held_out_rewards, ranks)
+    return replace(plan, rewards=rewards, held_out_rewards=held_out)
 
 
 def refreshing(settings: ReferenceRefresh | None, policy: Policy, reference: Policy | None) -> Callback:

@@ -94,6 +94,11 @@ class Context:
         if asked:
             self.stop.check(f"after step {step} of stage {stage}, saved")
 
+    @property
+    def in_pieces(self) -> bool:
+        """Whether the trained weights lie in pieces over the processes."""
+        return self.ranks.world > 1 and self.recipe.distributed.strategy == "fsdp2"
+
 
 def resume(
     context: Context,

@@ -4,6 +4,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from grpo_lab.errors import StaleWeightsError
 from grpo_lab.policy.load import has_adapter
@@ -37,7 +38,7 @@ def stage_sampler(context: Context, stage: GrpoStage, policy: Policy, *, version
     if settings.vllm.exchange is not None:
         folder = Path(settings.vllm.exchange) / f"{context.recipe.name}-{context.folder.path.name}"
     transfer = transfer_of(context.recipe.model_of(stage), policy, folder.absolute())
-    sampler: VllmServerSampler | VllmSampler
+    sampler: Any  # of vLLM, in one of two ways
     if settings.backend == "vllm-server":
         sampler = VllmServerSampler(policy, decoding, settings.vllm, transfer, version=version)
     else:

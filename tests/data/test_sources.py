@@ -338,3 +338,14 @@ def test_gsm8k_is_read_from_its_files(streaming):
     assert rows.column_names == ("question", "answer")
     assert sum(1 for _ in rows) == 1319
     assert rows[1318]["answer"].splitlines()[-1].startswith("#### ")
+
+
+def test_a_part_of_a_large_file_holds_the_rows_of_the_same_part_of_a_small_one(tmp_path, request):
+    (tmp_path / "d.jsonl").write_text("".join(f'{{"q": "{n}", "label": "{n % 3}"}}\n' for n in range(60)))
+    partition = {"take": "test", "test": 0.2, "stratify": "label"}
+    small = list(load(tmp_path, partition=partition))
+    request.getfixturevalue("arrow_only")
+    large = load(tmp_path, partition=partition)
+    assert isinstance(large.items, datasets.Dataset)
+    assert list(large) == small
+    assert len(small) == 12

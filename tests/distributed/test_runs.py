@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from grpo_lab.distributed.dealing import cuts, own_rows
 from grpo_lab.distributed.ranks import Ranks, buckets, joined
@@ -122,6 +124,13 @@ def uninterrupted(folder) -> Path:
 
 
 @pytest.fixture(scope="module")
+def in_pieces(folder) -> Path:
+    process = start(folder, "pieces", "distributed.strategy=fsdp2")
+    assert (process.communicate()[1], process.returncode) == ("", 0)
+    return folder / "pieces"
+
+
+@pytest.fixture(scope="module")
 def stopped(folder) -> tuple[Path, str]:
     """A run whose launcher got SIGTERM during the first steps, and what it said."""
     process, run = start(folder, "stopped"), folder / "stopped"
@@ -134,13 +143,27 @@ def stopped(folder) -> tuple[Path, str]:
     return run, said
 
 
-def test_the_first_rollouts_are_those_of_one_process(folder, uninterrupted, cli):
+def test_the_first_rollouts_are_those_of_one_process(folder, uninterrupted, in_pieces, cli):
     alone = cli("train", folder / "shared.yaml", "--output-dir", folder, "--name", "alone", "--max-steps", 1, "--quiet")
     assert alone.code == 0, alone.err
     for place in ("rollouts/step-000001.jsonl", "evaluations/step-000000.jsonl"):
-        assert (uninterrupted / "grpo" / place).read_text() == (folder / "alone" / "grpo" / place).read_text()
+        expected = (folder / "alone" / "grpo" / place).read_text()
+        assert (uninterrupted / "grpo" / place).read_text() == expected
+        assert (in_pieces / "grpo" / place).read_text() == expected
     assert read_json(uninterrupted / "run.json")["environment"]["num_processes"] == 2
     assert read_json(uninterrupted / "run.json")["exact"]
+
+
+def test_weights_in_pieces_are_saved_as_the_same_files(uninterrupted, in_pieces):
+    for place in ("grpo/checkpoints/step-000003", "tuning/checkpoints/step-000002"):
+        for name in ("model", "optimizer"):
+            mine, theirs = (load_file(run / place / f"{name}.safetensors") for run in (in_pieces, uninterrupted))
+            assert {key: value.shape for key, value in mine.items()} == {
+                key: value.shape for key, value in theirs.items()
+            }
+        assert (
+            read_json(in_pieces / place / "state.json").keys() == read_json(uninterrupted / place / "state.json").keys()
+        )
 
 
 def test_only_the_first_process_writes(uninterrupted):
@@ -177,18 +200,25 @@ def test_resumed_by_as_many_processes_it_is_the_same_run_and_torchrun_starts_it_
     assert read_json(stopped[0] / "run.json")["exact"]
 
 
-def test_resumed_by_another_number_of_processes_it_says_that_it_is_not_exact(folder, uninterrupted, cli):
-    import shutil
-
+def test_resumed_by_another_number_of_processes_it_says_that_it_is_not_exact(folder, in_pieces, cli):
     run = folder / "fewer"
-    shutil.copytree(uninterrupted, run)
-    for path in (run / "tuning", run / "grpo" / "checkpoints" / "step-000003"):
+    shutil.copytree(in_pieces, run)
+    for path in (run / "tuning", run / "grpo" / "checkpoints" / "step-000003", run / "grpo" / "final"):
         shutil.rmtree(path)
-    shutil.rmtree(run / "grpo" / "final")
     (run / "grpo" / "result.json").unlink()
     resolved = (run / "resolved.yaml").read_text()
-    (run / "resolved.yaml").write_text(resolved.replace("name: whole", "name: fewer"))
-    found = cli("train", folder / "shared.yaml", "--output-dir", folder, "--name", "fewer", "--resume", "--quiet")
+    (run / "resolved.yaml").write_text(resolved.replace("name: pieces", "name: fewer"))
+    found = cli(
+        "train",
+        folder / "shared.yaml",
+        "--output-dir",
+        folder,
+        "--name",
+        "fewer",
+        "--resume",
+        "--quiet",
+        "distributed.strategy=fsdp2",
+    )
     assert found.code == 0, found.err
     info = read_json(run / "run.json")
     assert not info["exact"]
@@ -308,6 +338,16 @@ def test_a_launcher_that_is_not_there_is_no_launcher(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "1")
     with joined() as ranks:
         assert ranks.world == 1
+
+
+def test_half_a_launcher_is_named(folder, cli, monkeypatch):
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    code, said = refused(folder, cli)
+    assert code == 4
+    assert "WORLD_SIZE is set, as by torchrun, but:" in said
+    assert refused(folder, cli, "--nproc", "3")[0] == 2
 
 
 def test_processes_that_differ_are_named():

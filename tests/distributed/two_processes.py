@@ -63,7 +63,7 @@ def stage(**changes: Any) -> GrpoStage:
         "prompts_per_step": 5,
         "micro_batch_size": 5,
         "steps": 3,
-        "optimizer": {"name": "sgd", "learning_rate": 0.5, "warmup_steps": 2, "max_grad_norm": 0.5},
+        "optimizer": {"name": "sgd", "learning_rate": 0.1, "warmup_steps": 2, "max_grad_norm": None},
     }
     return GrpoStage.model_validate(settings | changes)
 
@@ -193,12 +193,18 @@ def compared(ranks: Ranks, policy: Policy, tokenizer: Any) -> Iterator[tuple[str
     """Two processes against one, for both strategies."""
     rollouts, first = recorded(tokenizer), recorded(tokenizer, slice(1))
     twice = {"beta": 0.04, "num_iterations": 2, "num_minibatches": 2}
+    clipped = {"name": "sgd", "learning_rate": 0.5, "warmup_steps": 2, "max_grad_norm": 0.5}
     exact = make_policy(tokenizer, GPT2)
     exact.model.double()
     for name, start, setting, rows in [
-        ("float32", policy, stage(), rollouts),
+        ("float32", policy, stage(optimizer=clipped), rollouts),
         ("float64", exact, stage(), rollouts),
-        ("two iterations", exact, stage(algorithm=twice, prompts_per_step=4), recorded(tokenizer, slice(4))),
+        (
+            "two iterations",
+            exact,
+            stage(algorithm=twice, prompts_per_step=4, optimizer=clipped),
+            recorded(tokenizer, slice(4)),
+        ),
         ("one group", exact, stage(prompts_per_step=1, micro_batch_size=None), first),
     ]:
         alone = train(start, rows, setting)

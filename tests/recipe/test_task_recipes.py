@@ -10,7 +10,9 @@ import pytest
 from grpo_lab.assemble import assemble
 from grpo_lab.baselines import baselines
 from grpo_lab.bundled import find_recipe, shipped_recipes
-from grpo_lab.recipe import load
+from grpo_lab.data.fields import text_field
+from grpo_lab.data.sources import load_rows
+from grpo_lab.recipe import load, load_recipe
 from grpo_lab.stages.plan import GrpoPlan
 
 ROOT = Path(__file__).parents[2]
@@ -36,9 +38,9 @@ TRANSLATIONS = [
 ]
 # name -> rows in the hub's form, the baselines of its task
 RECIPES = {
-    "qwen2.5-0.5b-imdb": (REVIEWS, ["always negative"]),
-    "qwen2.5-0.5b-yelp": (STARS, ["always 1 star"]),
-    "qwen2.5-0.5b-mnli": (PAIRS, ["always contradiction"]),
+    "qwen2.5-0.5b-imdb": (REVIEWS, ["always"]),
+    "qwen2.5-0.5b-yelp": (STARS, ["always"]),
+    "qwen2.5-0.5b-mnli": (PAIRS, ["always"]),
     "qwen2.5-0.5b-conll2003": (WORDS, ["no entities", "dictionary"]),
     "qwen2.5-0.5b-squad2": (ASKED, ["unanswerable", "first sentence"]),
     "qwen2.5-0.5b-cnn-dailymail": (ARTICLES, ["lead-1", "lead-3"]),
@@ -59,16 +61,16 @@ def test_a_task_s_recipe_assembles_on_rows_in_the_hub_s_form_and_its_baselines_a
     for block in ("warm_start.data", "warm_start.evaluation.data", "grpo.data", "grpo.evaluation.data"):
         place = f"stages.{block}"
         overrides += [f"{place}.source=file", f"{place}.path={tmp_path}/rows.jsonl", f"{place}.name=null"]
-    if name != "qwen2.5-0.5b-conll2003":  # its splits are the hub's
-        overrides += [f"stages.grpo.evaluation.data.{'limit'}=4"]
     for block in ("warm_start.data", "grpo.data"):
         if name in ("qwen2.5-0.5b-yelp", "qwen2.5-0.5b-cnn-dailymail"):  # which take a tenth of a large set
             overrides += [f"stages.{block}.partition.test=0.0", f"stages.{block}.partition.validation=0.1"]
     if name in ("qwen2.5-0.5b-yelp", "qwen2.5-0.5b-mnli"):
-        overrides += ["stages.warm_start.evaluation.data.partition.validation=0.1"]
+        part = "stages.warm_start.evaluation.data.partition"
+        overrides += [f"{part}.validation=0.1", f"{part}.test=0.0"]
     plan = assemble(load(find_recipe(name), overrides))
     measured = next(each for each in plan.stages if isinstance(each, GrpoPlan))
-    assert list(baselines(measured, plan.tokenizer)) == expected
+    found = baselines(measured, plan.tokenizer)
+    assert ["always" if name.startswith("always ") else name for name in found] == expected
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -86,16 +88,29 @@ TINY = {
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_a_tiny_task_recipe_assembles_on_real_data_and_its_header_has_numbers(name):
-    if not (REAL_DATA / TINY[name]).is_dir():
+def test_a_tiny_task_recipe_assembles_on_real_data_and_no_prompt_stands_on_both_sides(name):
+    root = REAL_DATA / TINY[name]
+    if not root.is_dir():
         pytest.skip(f"no real data in {REAL_DATA}; set GRPO_LAB_DATA")
-    plan = assemble(load(find_recipe(name), [f"data_root={REAL_DATA / TINY[name]}"]))
-    learnt, measured = plan.stages[-1].prompts.items, plan.stages[-1].held_out
-    assert len(measured) >= 200
-    assert not {example.prompt for example in learnt} & {example.prompt for example in measured}
+    few = [f"stages.{block}.limit=200" for block in ("warm_start.data", "grpo.data")]
+    plan = assemble(load(find_recipe(name), [f"data_root={root}", *few]))
+    assert len(plan.stages[-1].held_out) >= 150
+    stage = load_recipe(find_recipe(name)).stages["grpo"]
+    learnt, measured = (prompts(data, root) for data in (stage.data, stage.evaluation.data))
+    assert len(learnt) > 1000
+    assert not learnt & measured
+
+
+def prompts(data, root) -> set[str]:
+    return {text_field(row, data.prompt, "data.prompt") for row in load_rows(data, root=root, seed=0)}
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_a_tiny_task_recipe_s_header_has_the_numbers_of_a_run(name):
     header = find_recipe(name).read_text().split("\nname:")[0]
     assert "# Result, 2026-" in header
     assert header.count("[") > 3  # intervals
+    assert "baseline" in header
 
 
 def test_every_task_recipe_is_here():
