@@ -34,12 +34,12 @@ def why_not(stage: GrpoStage, model: Model, *, on_gpu: bool) -> str | None:
         return "vLLM has no DoRA; set model.lora.dora: false, or backend: native"
     if lora is not None and lora.bias != "none":
         return "vLLM's adapters have no biases; set model.lora.bias: none, or backend: native"
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        return "works with one trainer process only; train without --nproc, or set backend: native"
     if sampling.backend == "vllm-server":
         if stage.engine == "trl" and not on_gpu:
             return "TRL sends weights to its server over NCCL, which needs a GPU; set backend: vllm, or engine: native"
         return None
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        return "works with one trainer process only; train without --nproc, or set backend: vllm-server or native"
     if find_spec("vllm") is None:
         return 'vLLM is not installed; pip install "grpo-lab[vllm]" (without a GPU: as scripts/test_vllm.sh does)'
     if sampling.vllm.sleep and not on_gpu:

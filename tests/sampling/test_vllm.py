@@ -209,12 +209,17 @@ def test_a_model_that_vllm_cannot_serve_is_refused_in_one_line(make_policy, tmp_
     assert "\n" not in str(error.value)
 
 
-def run(cli, folder: Path, name: str, **settings) -> list[dict[str, float]]:
+def run(cli, folder: Path, name: str, processes: int = 1, **settings) -> list[dict[str, float]]:
     """Three steps of a recipe: the metrics of each, with its seconds. A line of the table for people."""
     defaults = {"lora": "lora: null", "engine": "native", "beta": 0.04, "limit": 1e-4, "output": folder}
     (folder / "run.yaml").write_text(RECIPE.format(**{**defaults, **settings}))
-    ran = cli("train", folder / "run.yaml", "--quiet")
-    assert ran.code == 0, ran.err
+    if processes > 1:
+        command = [sys.executable, "-m", "grpo_lab", "train", folder / "run.yaml", "--quiet", "--nproc", str(processes)]
+        together = subprocess.run(command, capture_output=True, text=True)
+        assert together.returncode == 0, together.stderr
+    else:
+        ran = cli("train", folder / "run.yaml", "--quiet")
+        assert ran.code == 0, ran.err
     stage = folder / "run" / "grpo"
     steps = [json.loads(line) for line in (stage / "metrics.jsonl").read_text().splitlines()]
     seconds = [json.loads(line)["step_seconds"] for line in (stage / "timing.jsonl").read_text().splitlines()]
@@ -253,6 +258,15 @@ def test_three_steps_against_a_server(cli, served, tmp_path):
     lora = "lora: {r: 4, alpha: 8}" if what == "adapter" else "lora: null"
     name = f"native, server, {what}, {base.name}"
     steps = run(cli, tmp_path, name, base=base, backend="vllm-server", vllm=f"{{urls: ['{url}']}}", lora=lora)
+    check_steps(steps, tmp_path / "run" / "grpo")
+
+
+def test_two_trainer_processes_ask_one_server(cli, served, tmp_path):
+    what, base, url = served
+    lora = "lora: {r: 4, alpha: 8}" if what == "adapter" else "lora: null"
+    name = f"native, two trainers and a server, {what}, {base.name}"
+    vllm = f"{{urls: ['{url}']}}"
+    steps = run(cli, tmp_path, name, processes=2, base=base, backend="vllm-server", vllm=vllm, lora=lora)
     check_steps(steps, tmp_path / "run" / "grpo")
 
 

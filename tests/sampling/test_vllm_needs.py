@@ -46,9 +46,10 @@ def test_what_cannot_work_says_why_and_what_to_do(monkeypatch, of, model, on_gpu
     assert found is None if begins is None else (found or "").startswith(begins)
 
 
-def test_several_trainer_processes_are_refused(monkeypatch):
+def test_several_trainer_processes_need_a_server(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert (why_not(stage("vllm-server", **URLS), Model(path="x"), on_gpu=False) or "").startswith("works with one")
+    assert (why_not(stage(), Model(path="x"), on_gpu=False) or "").startswith("works with one trainer process only")
+    assert why_not(stage("vllm-server", **URLS), Model(path="x"), on_gpu=False) is None
 
 
 def test_without_vllm_a_recipe_that_wants_it_ends_with_exit_4_and_its_remedy(monkeypatch, cli, toy_recipe):
