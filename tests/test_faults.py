@@ -518,7 +518,7 @@ def test_weights_that_are_not_finite_are_never_saved_and_exit_6(train, run):
 
 
 def test_out_of_memory_exits_4_with_what_to_lower(train, run, monkeypatch):
-    def too_much(batch, policy, reference, stage):
+    def too_much(batch, policy, reference, stage, ranks):
         raise torch.OutOfMemoryError("tried to allocate 20 GiB")
 
     monkeypatch.setattr("grpo_lab.engines.native.with_logps", too_much)

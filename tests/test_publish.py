@@ -20,8 +20,9 @@ import yaml
 from huggingface_hub import HfApi
 from rich.console import Console
 
-from grpo_lab.assemble import assemble, base_is_local
+from grpo_lab.assemble import assemble
 from grpo_lab.card import model_card
+from grpo_lab.checks import base_is_local
 from grpo_lab.errors import RecipeError
 from grpo_lab.finished import finished_stage, load_finished
 from grpo_lab.pipeline import train_recipe

@@ -498,6 +498,8 @@ def test_a_changed_reward_is_refused(scratch, cli):
     assert [line.partition(":")[0] for line in ran.err.splitlines()[1:]] == [
         "plugins.variety.py",
         "rewards.grpo.variety",
+        "rewards.grpo.ending",
+        "rewards.grpo.differing",
     ]
 
 

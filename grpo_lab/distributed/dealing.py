@@ -16,7 +16,7 @@ def cuts(sizes: Sequence[int], count: int) -> list[int]:
     A thing belongs to the run in which its middle lies.
 
     >>> cuts([1, 1, 2, 8, 4], 2), cuts([5], 2)
-    ([0, 3, 5], [0, 1, 1])
+    ([0, 4, 5], [0, 1, 1])
     """
     middles = [end - size / 2 for end, size in zip(accumulate(sizes), sizes, strict=True)]
     inner = [sum(middle <= sum(sizes) * run / count for middle in middles) for run in range(1, count)]

@@ -57,11 +57,10 @@ class StopSignal:
         return self.agreed is not None
 
     def check(self, where: str) -> None:
-        """Leave if someone asked. Call it where everything needed to go on is on the disk."""
-        number = self.agreed or self.received
-        if number is not None:
-            name = signal.Signals(number).name
-            raise StopRequested(f"{name}: stopped {where}; --resume goes on from here", EXIT_CODES[number])
+        """Leave if `asked` found that someone asked. Call it where everything needed to go on is on the disk."""
+        if self.agreed is not None:
+            name = signal.Signals(self.agreed).name
+            raise StopRequested(f"{name}: stopped {where}; --resume goes on from here", EXIT_CODES[self.agreed])
 
 
 @dataclass(frozen=True)
@@ -91,8 +90,7 @@ class Context:
         asked = self.stop.asked(self.ranks)
         if self.publish is not None and not last and not asked:
             self.publish(stage, policy, step)
-        if asked:
-            self.stop.check(f"after step {step} of stage {stage}, saved")
+        self.stop.check(f"after step {step} of stage {stage}, saved")
 
     @property
     def in_pieces(self) -> bool:

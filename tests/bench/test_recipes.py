@@ -12,7 +12,14 @@ from grpo_lab.bundled import find_recipe, shipped_recipes
 from grpo_lab.recipe import load, load_recipe
 
 REAL_DATA = Path(os.environ.get("GRPO_LAB_DATA", Path(__file__).parents[3] / "shared" / "data"))
-FILES = {"gsm8k-tiny": "gsm8k"}  # shipped recipes whose data is no part of the project
+FILES = {  # shipped recipes whose data is no part of the project
+    "gsm8k-tiny": "gsm8k",
+    "questions-tiny": "gsm8k",
+    "sentiment-tiny": "uci_sentiment",
+    "squad2-tiny": "squad2",
+    "tatoeba-tiny": "tatoeba_en_fr",
+    "wikigold-tiny": "wikigold",
+}
 LIMITS = {"data": 80, "evaluation.data": 20}  # rows
 
 

@@ -277,7 +277,9 @@ def test_what_trl_cannot_do_is_refused_at_its_line_before_anything_is_loaded(wor
     reasons = dict(line.partition('engine "trl": ')[::2] for line in ran.err.splitlines())
     places = {place.split(":")[-2].strip().partition("=")[0]: reason for place, reason in reasons.items()}
     assert places["stages.grpo.algorithm.kl_estimator"] == "TRL has the k3 estimator only; set k3 or engine: native"
-    assert places["stages.grpo.sampling.max_rows"].startswith("TRL's own generation decodes all completions")
+    assert places["stages.grpo.sampling.max_rows"].startswith(
+        "TRL's own generation, and the vLLM that it starts, decode all"
+    )
     assert not (world / "runs" / "refused").exists()
 
 
