@@ -3,6 +3,7 @@ import signal
 
 import pytest
 
+from grpo_lab.distributed.ranks import ALONE
 from grpo_lab.errors import StopRequested
 from grpo_lab.recipe.schema import Data, Evaluation
 from grpo_lab.stages.running import StopSignal, evaluating, reporting
@@ -45,6 +46,8 @@ def test_a_signal_waits_for_the_next_check_and_becomes_its_exit_code(number, cod
         stop.check("here")
         os.kill(os.getpid(), number)
         assert stop.received == number
+        stop.check("where nobody has asked yet")
+        assert stop.asked(ALONE)
         with pytest.raises(StopRequested) as error:
             stop.check("after step 3")
     assert str(error.value) == f"{number.name}: stopped after step 3; --resume goes on from here"
