@@ -138,6 +138,7 @@ def unfuse(model: nn.Module) -> None:
             del module.forward
 
 
+@torch.inference_mode(False)  # a model may first be used while it samples
 @torch.enable_grad()
 def _fewer_passes(module: nn.Module) -> Callable[..., Any] | None:
     """The function that computes what this layer does in fewer passes; None where there is none or it is not the same."""

@@ -69,6 +69,14 @@ def test_the_layers_that_are_proved_equal_are_fused_and_a_pass_with_gradients_st
     assert fused(model) == set()
 
 
+def test_a_model_that_samples_before_it_learns_is_fused_all_the_same(make_policy):
+    """Or it would compute with other sums than a reference that is first used without gradient."""
+    model = make_policy().model.eval()
+    with torch.inference_mode():
+        assert why_plain(model) is None
+    assert fused(model) == {"LlamaRMSNorm", "LlamaAttention", "LlamaMLP"}
+
+
 def test_a_copy_of_a_fused_model_computes_with_its_own_weights(make_policy):
     model = make_policy().model
     assert why_plain(model) is None

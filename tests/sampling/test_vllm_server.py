@@ -31,6 +31,7 @@ class StandIn(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Answers)
         self.policy = frozen_copy(policy)
         self.adapters: dict[str, Policy] = {}
+        self.one_at_a_time = threading.Lock()
         self.config = dict(CONFIG)
         self.version = "none"
         self.is_deaf = False  # takes no new weights, and does not say so
@@ -54,7 +55,8 @@ class StandIn(ThreadingHTTPServer):
         policy = self.adapters[body["model"]] if body["model"] != "base" else self.policy
         decoding = Decoding(body["max_tokens"], temperature=body["temperature"])
         example = Example("x", "", tuple(body["prompt"]), {})
-        (group,) = NativeSampler(policy, decoding).sample([example], num_generations=body["n"], seed=body["seed"])
+        with self.one_at_a_time:  # adapters share the model's layers, which remember how a pass attends
+            (group,) = NativeSampler(policy, decoding).sample([example], num_generations=body["n"], seed=body["seed"])
         choices = [
             {
                 "index": index,
