@@ -14,13 +14,18 @@ from grpo_lab.text import extract as extracted
 from grpo_lab.text_metrics import (
     bio_spans,
     exact_match,
+    gold_label,
     gold_texts,
     label_of,
-    missing_package,
+    new_bleu,
+    new_chrf,
+    num_common,
+    precision_recall_f1,
     read_entities,
     rouge,
     squad_normalised,
     token_f1,
+    without_giving_up,
 )
 
 Statistics = Sequence[float]
@@ -58,11 +63,6 @@ def divided(part: float, whole: float) -> float:
     return part / whole if whole else 0.0
 
 
-def f1(right: float, found: float, gold: float) -> float:
-    """2 right / (found + gold): the harmonic mean of precision right / found and recall right / gold."""
-    return divided(2 * right, found + gold)
-
-
 # Classification: rows, right ones, then (right, found, gold) for every label.
 
 
@@ -73,7 +73,7 @@ def _classification(options: Mapping[str, Any]) -> CorpusMetric:
     def statistics(answer: str, gold: Any) -> Statistics:
         text = extracted(answer, place)
         found = None if text is None else label_of(text, labels, strict=strict)
-        true = label_of(str(gold), labels) or labels[int(gold)]
+        true = gold_label(gold, labels)
         counts = [(float(found == true == label), float(found == label), float(true == label)) for label in labels]
         return [1.0, float(found == true), *(number for each in counts for number in each)]
 
@@ -81,7 +81,9 @@ def _classification(options: Mapping[str, Any]) -> CorpusMetric:
 
 
 def _classification_values(labels: Sequence[str], sums: Statistics) -> Values:
-    each = {label: f1(*sums[2 + 3 * place : 5 + 3 * place]) for place, label in enumerate(labels)}
+    each = {
+        label: precision_recall_f1(*sums[2 + 3 * place : 5 + 3 * place])["f1"] for place, label in enumerate(labels)
+    }
     values = {"accuracy": divided(sums[1], sums[0]), "macro_f1": divided(sum(each.values()), float(len(labels)))}
     return values | {f"f1_{label}": value for label, value in each.items()}
 
@@ -100,8 +102,7 @@ def _entities(options: Mapping[str, Any]) -> CorpusMetric:
         else:
             true = read_entities(gold, form) or ()
             found = (None if text is None else read_entities(text, form)) or ()
-        right = sum(min(found.count(each), true.count(each)) for each in set(true))
-        return [float(right), float(len(found)), float(len(true))]
+        return [float(num_common(found, true)), float(len(found)), float(len(true))]
 
     return CorpusMetric(statistics, entity_values)
 
@@ -114,31 +115,26 @@ def _spans(text: str | None) -> Sequence[Any]:
 
 
 def entity_values(sums: Statistics) -> Values:
-    """Precision is the share of the *found* entities that are right, recall that of the *gold* ones that were found.
+    """Precision, recall and F1 of all entities.
 
     >>> entity_values([1.0, 4.0, 2.0])
     {'entity_precision': 0.25, 'entity_recall': 0.5, 'entity_f1': 0.3333333333333333}
     """
-    right, found, gold = sums
-    return {
-        "entity_precision": divided(right, found),
-        "entity_recall": divided(right, gold),
-        "entity_f1": f1(right, found, gold),
-    }
+    return {f"entity_{name}": value for name, value in precision_recall_f1(*sums).items()}
 
 
 # SQuAD: (questions, exact, F1) with and without an answer.
 
 
 def _squad(options: Mapping[str, Any]) -> CorpusMetric:
-    word, place = squad_normalised(options.get("unanswerable", "unanswerable")), options.get("extract", "none")
+    word, place = options.get("unanswerable", "unanswerable"), options.get("extract", "none")
 
     def statistics(answer: str, gold: Any) -> Statistics:
         text = extracted(answer, place)
         golds = gold_texts(gold)
         scores = [1.0, 0.0, 0.0]
         if text is not None:
-            said = "" if squad_normalised(text) == word else text
+            said = without_giving_up(text, word)
             scores = [1.0, exact_match(said, golds), token_f1(said, golds)]
         return [*scores, 0.0, 0.0, 0.0] if golds else [0.0, 0.0, 0.0, *scores]
 
@@ -191,19 +187,11 @@ def _rouge_values(sums: Statistics) -> Values:
 
 
 def _bleu(options: Mapping[str, Any]) -> CorpusMetric:
-    try:
-        from sacrebleu.metrics.bleu import BLEU
-    except ImportError as error:
-        raise missing_package("sacrebleu", "metrics", error) from error
-    return _of_sacrebleu("corpus_bleu", BLEU(tokenize=options.get("tokens", "13a")))
+    return _of_sacrebleu("corpus_bleu", new_bleu(options.get("tokens", "13a"), effective_order=False))
 
 
 def _chrf(options: Mapping[str, Any]) -> CorpusMetric:
-    try:
-        from sacrebleu.metrics.chrf import CHRF
-    except ImportError as error:
-        raise missing_package("sacrebleu", "metrics", error) from error
-    return _of_sacrebleu("corpus_chrf", CHRF(word_order=options.get("word_order", 0)))
+    return _of_sacrebleu("corpus_chrf", new_chrf(options.get("word_order", 0)))
 
 
 def _of_sacrebleu(name: str, metric: Any) -> CorpusMetric:

@@ -62,6 +62,15 @@ def token_f1(prediction: str, golds: Sequence[str]) -> float:
     return max(_bag_f1(words, gold.split()) for gold in _usable(golds))
 
 
+def without_giving_up(text: str, unanswerable: str) -> str:
+    """The text, or "" where it is the word that says that there is no answer.
+
+    >>> without_giving_up("Unanswerable.", "unanswerable"), without_giving_up("Rome", "unanswerable")
+    ('', 'Rome')
+    """
+    return "" if squad_normalised(text) == squad_normalised(unanswerable) else text
+
+
 def _usable(golds: Sequence[str]) -> list[str]:
     """The golds, normalised, of which something is left; without any, the empty answer."""
     if isinstance(golds, str):
@@ -73,8 +82,26 @@ def _bag_f1(found: Sequence[Hashable], gold: Sequence[Hashable]) -> float:
     """F1 of two bags; 1.0 if both are empty."""
     if not found or not gold:
         return float(not found and not gold)
-    common = (Counter(found) & Counter(gold)).total()
-    return 2 * common / (len(found) + len(gold))
+    return precision_recall_f1(num_common(found, gold), len(found), len(gold))["f1"]
+
+
+def num_common(found: Iterable[Hashable], gold: Iterable[Hashable]) -> int:
+    """How many of `found` are in `gold`, each as often as it is in both."""
+    return (Counter(found) & Counter(gold)).total()
+
+
+def precision_recall_f1(right: float | int, found: float | int, gold: float | int) -> dict[str, float]:
+    """Precision is the share of the *found* that is right, recall the share of the *gold* that was found, F1 their harmonic
+    mean, 2 right / (found + gold). What has nothing to divide by is 0.
+
+    >>> precision_recall_f1(1, 4, 2)
+    {'precision': 0.25, 'recall': 0.5, 'f1': 0.3333333333333333}
+    """
+    return {
+        "precision": right / found if found else 0.0,
+        "recall": right / gold if gold else 0.0,
+        "f1": 2 * right / (found + gold) if found + gold else 0.0,
+    }
 
 
 def gold_texts(answer: Any) -> list[str]:
@@ -145,15 +172,10 @@ def corpus_entity_f1(pairs: Iterable[tuple[Sequence[Hashable], Sequence[Hashable
     >>> corpus_entity_f1([([("PER", "Ann")], [("PER", "Ann")]), ([], [("LOC", "Rome")])])
     {'precision': 1.0, 'recall': 0.5, 'f1': 0.6666666666666666}
     """
-    common = num_found = num_gold = 0
+    right = num_found = num_gold = 0
     for found, gold in pairs:
-        common += (Counter(found) & Counter(gold)).total()
-        num_found, num_gold = num_found + len(found), num_gold + len(gold)
-    return {
-        "precision": common / num_found if num_found else 0.0,
-        "recall": common / num_gold if num_gold else 0.0,
-        "f1": 2 * common / (num_found + num_gold) if num_found + num_gold else 0.0,
-    }
+        right, num_found, num_gold = right + num_common(found, gold), num_found + len(found), num_gold + len(gold)
+    return precision_recall_f1(right, num_found, num_gold)
 
 
 def read_entities(written: Any, form: Literal["lines", "json"]) -> list[tuple[str, str]] | None:
@@ -222,11 +244,16 @@ def bleu(prediction: str, golds: Sequence[str], *, tokens: BleuTokens = "13a") -
 
 @lru_cache
 def _bleu(tokens: BleuTokens) -> Any:
+    return new_bleu(tokens, effective_order=True)
+
+
+def new_bleu(tokens: BleuTokens, *, effective_order: bool) -> Any:
+    """sacrebleu's own BLEU."""
     try:
         from sacrebleu.metrics.bleu import BLEU
     except ImportError as error:
         raise missing_package("sacrebleu", "metrics", error) from error
-    return BLEU(effective_order=True, tokenize=tokens)
+    return BLEU(effective_order=effective_order, tokenize=tokens)
 
 
 def chrf(prediction: str, golds: Sequence[str], *, word_order: int = 0) -> float:
@@ -239,6 +266,11 @@ def chrf(prediction: str, golds: Sequence[str], *, word_order: int = 0) -> float
 
 @lru_cache
 def _chrf(word_order: int) -> Any:
+    return new_chrf(word_order)
+
+
+def new_chrf(word_order: int) -> Any:
+    """sacrebleu's own chrF."""
     try:
         from sacrebleu.metrics.chrf import CHRF
     except ImportError as error:
@@ -280,6 +312,20 @@ def label_of(text: str, labels: Sequence[str], *, strict: bool = True) -> str | 
     any_label = "|".join(re.escape(each) for each in sorted(known, key=len, reverse=True))
     found = set(re.findall(rf"(?<!\w)(?:{any_label})(?!\w)", _folded(text)))
     return known[found.pop()] if len(found) == 1 else None
+
+
+def gold_label(answer: str | int, labels: Sequence[str]) -> str:
+    """The label that a column holds, by its name or by its number in `labels`, from 0.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    found = label_of(str(answer), labels)
+    if found is not None:
+        return found
+    if str(answer).strip().isdecimal() and int(answer) < len(labels):
+        return labels[int(answer)]
+    raise ValueError(f"the column answer holds {answer!r}, which is none of the labels {', '.join(labels)}")
 
 
 def _folded(text: str) -> str:

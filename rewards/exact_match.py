@@ -5,7 +5,7 @@ from typing import Any, Literal
 from grpo_lab.scoring import reward
 from grpo_lab.text import extract as extracted
 from grpo_lab.text_metrics import exact_match as metric
-from grpo_lab.text_metrics import gold_texts, squad_normalised
+from grpo_lab.text_metrics import gold_texts, without_giving_up
 from grpo_lab.types import Completion
 
 
@@ -31,5 +31,4 @@ def exact_match(
     found = extracted(completion.text, extract)
     if found is None:
         return 0.0
-    gives_up = squad_normalised(found) == squad_normalised(unanswerable)
-    return metric("" if gives_up else found, gold_texts(answer))
+    return metric(without_giving_up(found, unanswerable), gold_texts(answer))

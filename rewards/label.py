@@ -4,7 +4,7 @@ from typing import Literal
 
 from grpo_lab.scoring import reward
 from grpo_lab.text import extract as extracted
-from grpo_lab.text_metrics import label_of
+from grpo_lab.text_metrics import gold_label, label_of
 from grpo_lab.types import Completion
 
 
@@ -30,13 +30,4 @@ def label(
     if len(labels) < 2:
         raise ValueError("label needs the option labels: all labels there are, at least two")
     text = extracted(completion.text, extract)
-    return float(text is not None and label_of(text, labels, strict=strict) == _gold(answer, labels))
-
-
-def _gold(answer: str | int, labels: tuple[str, ...]) -> str:
-    found = label_of(str(answer), labels)
-    if found is not None:
-        return found
-    if str(answer).strip().isdecimal() and int(answer) < len(labels):
-        return labels[int(answer)]
-    raise ValueError(f"the column answer holds {answer!r}, which is none of the labels {', '.join(labels)}")
+    return float(text is not None and label_of(text, labels, strict=strict) == gold_label(answer, labels))
