@@ -6,12 +6,11 @@ from collections.abc import Callable, Iterable, Mapping
 from string import Formatter
 from typing import Any
 
-from grpo_lab.corpus_evaluation import corpus_values
 from grpo_lab.corpus_metrics import KINDS, corpus_metrics
 from grpo_lab.data.chat import token_ids
 from grpo_lab.data.tagged import written
 from grpo_lab.errors import RecipeError
-from grpo_lab.evaluate import Evaluation, arm_metrics, arm_rows
+from grpo_lab.evaluate import Evaluation, measured
 from grpo_lab.recipe.schema import Data, RewardTerm
 from grpo_lab.stages.plan import GrpoPlan
 from grpo_lab.text_metrics import read_entities
@@ -119,12 +118,9 @@ def source_column(data: Data) -> str:
 def _measured(plan: GrpoPlan, tokenizer: Any, answer: Answer) -> Evaluation:
     groups = [_group(example, answer(example.columns), tokenizer) for example in plan.held_out]
     scores = plan.held_out_rewards.score(groups)
-    rows = arm_rows("greedy", groups, scores)
-    metrics = {f"greedy/{name}": value for name, value in arm_metrics(groups, scores).items()}
     of_corpus = corpus_metrics({term.name: term.options for term in plan.stage.reward_terms})
-    for name, values in corpus_values(rows, of_corpus).items():
-        metrics |= {f"greedy/{name}/{key}": value for key, value in values.items()}
-    return Evaluation({"num_prompts": float(len(groups)), **metrics}, rows)
+    found = measured("greedy", groups, scores, of_corpus)
+    return Evaluation({"num_prompts": float(len(groups)), **found.metrics}, found.rows)
 
 
 def _group(example: Example, text: str, tokenizer: Any) -> Group:

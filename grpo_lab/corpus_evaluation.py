@@ -13,27 +13,32 @@ from grpo_lab.text_metrics import gold_texts
 
 Rows = Sequence[Mapping[str, Any]]
 Measured = dict[str, dict[str, float]]
+Resampled = dict[str, Tensor]
+"""By a metric's name [1 + R]: its value for the whole corpus, followed by those of R resampled ones."""
 
 
-def corpus_values(rows: Rows, metrics: Mapping[str, CorpusMetric]) -> Measured:
-    """{name: {mean, low, high}} of one arm's rows; intervals by bootstrap over prompts.
+def resampled(rows: Rows, metrics: Mapping[str, CorpusMetric]) -> Resampled:
+    """The metrics of one arm's rows, and of prompts drawn from them anew: the work of it, done once for all that follows.
+
+    Rows of the same prompts are drawn alike, so that two policies can be compared in pairs.
+    """
+    found: Resampled = {}
+    for metric in metrics.values():
+        found |= _values(metric, unit_statistics(rows, metric))
+    return found
+
+
+def corpus_values(of: Resampled) -> Measured:
+    """{name: {mean, low, high}}; intervals by bootstrap over prompts.
 
     "mean" is the metric of the whole corpus, so called to stand beside the means of rewards.
     """
-    found: Measured = {}
-    for metric in metrics.values():
-        values = _values(metric, unit_statistics(rows, metric))
-        found |= {name: _interval(of) for name, of in values.items()}
-    return found
+    return {name: _interval(values) for name, values in of.items()}
 
 
-def corpus_differences(before: Rows, after: Rows, metrics: Mapping[str, CorpusMetric]) -> Measured:
-    """after - before on the same prompts, {name: {mean, low, high}}: each resample draws the same prompts of both."""
-    found: Measured = {}
-    for metric in metrics.values():
-        old, new = (_values(metric, unit_statistics(rows, metric)) for rows in (before, after))
-        found |= {name: _interval(new[name] - old[name]) for name in old}
-    return found
+def corpus_differences(before: Resampled, after: Resampled) -> Measured:
+    """after - before on the same prompts, {name: {mean, low, high}}: each resample has drawn the same prompts of both."""
+    return {name: _interval(after[name] - before[name]) for name in before}
 
 
 def corpus_signatures(rows: Rows, metrics: Mapping[str, CorpusMetric]) -> dict[str, str]:

@@ -1,6 +1,6 @@
 """How good a policy is on held-out prompts: greedy and sampled, every reward, with 95 % intervals."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,8 +10,8 @@ from torch import Tensor
 
 from grpo_lab.algorithm.intervals import bootstrap_interval, wilson_interval
 from grpo_lab.algorithm.passk import pass_at_k
-from grpo_lab.corpus_evaluation import corpus_values
-from grpo_lab.corpus_metrics import corpus_metrics
+from grpo_lab.corpus_evaluation import corpus_values, resampled
+from grpo_lab.corpus_metrics import CorpusMetric, corpus_metrics
 from grpo_lab.sampling.decoding import Sampler
 from grpo_lab.scoring import RewardSet, check_budget
 from grpo_lab.seeds import derive_seed
@@ -55,15 +55,22 @@ def evaluate(
         groups = sampler.sample(examples, num_generations=count, seed=derive_seed(seed, "evaluation", arm))
         scores = rewards.score(groups)
         check_budget(scores, groups, max_failed=max_failed, folder=None)
-        metrics |= {f"{arm}/{name}": value for name, value in arm_metrics(groups, scores).items()}
-        of_arm = arm_rows(arm, groups, scores)
-        rows += of_arm
-        for name, values in corpus_values(of_arm, of_corpus).items():
-            metrics |= {f"{arm}/{name}/{key}": value for key, value in values.items()}
+        of_arm = measured(arm, groups, scores, of_corpus)
+        metrics |= of_arm.metrics
+        rows += of_arm.rows
         if arm == "sampled" and CORRECT in scores.terms:
             correct = scores.terms[CORRECT].nan_to_num(0.0) > 0
             metrics |= {f"pass@{k}": float(pass_at_k(correct, k).mean()) for k in pass_at}
     return Evaluation(metrics, rows)
+
+
+def measured(arm: str, groups: Sequence[Group], scores: Scores, of_corpus: Mapping[str, CorpusMetric]) -> Evaluation:
+    """One arm's metrics, those of the whole corpus among them, and its rows."""
+    rows = arm_rows(arm, groups, scores)
+    metrics = arm_metrics(groups, scores)
+    for name, values in corpus_values(resampled(rows, of_corpus)).items():
+        metrics |= {f"{name}/{key}": value for key, value in values.items()}
+    return Evaluation({f"{arm}/{name}": value for name, value in metrics.items()}, rows)
 
 
 def arm_metrics(groups: Sequence[Group], scores: Scores) -> dict[str, float]:

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from grpo_lab.algorithm.intervals import bootstrap_interval
-from grpo_lab.corpus_evaluation import corpus_differences, corpus_signatures, corpus_values
+from grpo_lab.corpus_evaluation import corpus_differences, corpus_signatures, corpus_values, resampled
 from grpo_lab.corpus_metrics import CorpusMetric, corpus_metrics
 from grpo_lab.evaluate import mean_and_interval
 from grpo_lab.recipe import load_recipe
@@ -80,11 +80,12 @@ def corpus_before_and_after(
     """The same for metrics of the whole corpus."""
     table: dict[str, dict[str, Any]] = {}
     for arm in dict.fromkeys(row["arm"] for row in before) if metrics else ():
-        old, new = ([row for row in rows if row["arm"] == arm] for rows in (before, after))
-        values = corpus_values(old, metrics), corpus_values(new, metrics), corpus_differences(old, new, metrics)
+        rows_of_arm = [[row for row in rows if row["arm"] == arm] for rows in (before, after)]
+        old, new = (resampled(rows, metrics) for rows in rows_of_arm)
+        values = corpus_values(old), corpus_values(new), corpus_differences(old, new)
         for name in values[0]:
             found = dict(zip(("before", "after", "change"), (each[name] for each in values), strict=True))
-            table[f"{arm}/{name}"] = found | {"num_prompts": len({row["unit"] for row in new})}
+            table[f"{arm}/{name}"] = found | {"num_prompts": len({row["unit"] for row in rows_of_arm[1]})}
     return table
 
 

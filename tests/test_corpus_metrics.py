@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from grpo_lab.algorithm.intervals import bootstrap_interval, bootstrap_sums
-from grpo_lab.corpus_evaluation import corpus_differences, corpus_signatures, corpus_values
+from grpo_lab.corpus_evaluation import corpus_differences, corpus_signatures, corpus_values, resampled
 from grpo_lab.corpus_metrics import corpus_metrics, joined
 
 LABELS = ["negative", "neutral", "positive"]
@@ -27,7 +27,7 @@ def rows(answers, golds, units=None):
 
 
 def means(answers, golds, units=None, **terms):
-    found = corpus_values(rows(answers, golds, units), corpus_metrics(terms))
+    found = corpus_values(resampled(rows(answers, golds, units), corpus_metrics(terms)))
     return {name: values["mean"] for name, values in found.items()}
 
 
@@ -162,17 +162,19 @@ def test_rouge_by_hand():
 def test_the_interval_of_a_mean_is_the_bootstrap_of_the_mean():
     hits = [float(number % 3 == 0) for number in range(60)]
     answers = ["positive" if hit else "negative" for hit in hits]
-    found = corpus_values(rows(answers, ["positive"] * 60), corpus_metrics({"label": {"labels": LABELS}}))["accuracy"]
+    drawn = resampled(rows(answers, ["positive"] * 60), corpus_metrics({"label": {"labels": LABELS}}))
+    found = corpus_values(drawn)["accuracy"]
     assert (found["low"], found["high"]) == pytest.approx(bootstrap_interval(torch.tensor(hits)))
 
 
 def test_differences_are_paired():
     metrics = corpus_metrics({"entities": {}})
     golds = [f"PER: p{number}" for number in range(40)]
-    before = rows([gold if number % 2 else "none" for number, gold in enumerate(golds)], golds)
-    after = rows([gold if number % 2 or number < 8 else "none" for number, gold in enumerate(golds)], golds)
-    assert corpus_differences(before, before, metrics)["entity_recall"] == {"mean": 0, "low": 0, "high": 0}
-    found = corpus_differences(before, after, metrics)["entity_recall"]
+    some = rows([gold if number % 2 else "none" for number, gold in enumerate(golds)], golds)
+    more = rows([gold if number % 2 or number < 8 else "none" for number, gold in enumerate(golds)], golds)
+    before, after = resampled(some, metrics), resampled(more, metrics)
+    assert corpus_differences(before, before)["entity_recall"] == {"mean": 0, "low": 0, "high": 0}
+    found = corpus_differences(before, after)["entity_recall"]
     assert found["mean"] == pytest.approx(4 / 40)
     assert 0 < found["low"] < 4 / 40 < found["high"] < 0.25  # apart, the two recalls vary by 0.3
 

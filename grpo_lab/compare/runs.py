@@ -11,7 +11,7 @@ from grpo_lab.algorithm.intervals import bootstrap_interval
 from grpo_lab.compare.gates import new_table
 from grpo_lab.compare.picture import Curve, draw, sparkline
 from grpo_lab.compare.picture import bounds as bounds_of
-from grpo_lab.corpus_evaluation import corpus_differences, corpus_values
+from grpo_lab.corpus_evaluation import corpus_differences, corpus_values, resampled
 from grpo_lab.corpus_metrics import CorpusMetric, corpus_metrics
 from grpo_lab.errors import UsageError
 from grpo_lab.recipe import Recipe, load_recipe
@@ -128,8 +128,9 @@ def held_out(runs: Sequence[Rows], of_corpus: Mapping[str, CorpusMetric] | None 
         for name in values[0]:
             if all(name in each for each in values):
                 table[f"{arm}/{name}"] = quantity([each[name] for each in values])
-        of_runs = [corpus_values(rows, of_corpus) for rows in ordered]
-        changes = [corpus_differences(ordered[0], rows, of_corpus) for rows in ordered[1:]]
+        drawn = [resampled(rows, of_corpus) for rows in ordered]
+        of_runs = [corpus_values(each) for each in drawn]
+        changes = [corpus_differences(drawn[0], each) for each in drawn[1:]]
         for name in of_runs[0]:
             differences = [{**each[name], "num_items": len(shared)} for each in changes]
             table[f"{arm}/{name}"] = {"runs": [each[name] for each in of_runs], "differences": differences}
