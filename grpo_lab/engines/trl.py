@@ -48,9 +48,7 @@ def train(
         output: where TRL puts its checkpoints.
         callbacks: further ones of transformers' Trainer; they run after a step was reported.
     """
-    with plain_generation(parts.policy), beside_vllm(parts.stage), warnings.catch_warnings():
-        # transformers' new names for arguments that TRL still reads by the old ones; rollout_func's experimental status
-        warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*deprecated", category=FutureWarning)
+    with plain_generation(parts.policy), beside_vllm(parts.stage), without_old_names():
         warnings.filterwarnings("ignore", message=".*rollout_func.*experimental")
         trainer = make_trainer(parts, model, output=output, report=report, callbacks=callbacks)
         with own_engine(trainer, parts.stage):
@@ -66,9 +64,7 @@ def make_trainer(
     callbacks: list[TrainerCallback],
 ) -> GRPOTrainer:
     """TRL's trainer, made of the stage's parts."""
-    require_trl()
-    if torch.cuda.device_count() > 1:
-        raise SetupError('engine "trl" uses one GPU; make one visible with CUDA_VISIBLE_DEVICES')
+    require_place()
     settings = arguments(parts.stage, model, seed=parts.seed)
     rollouts, guard = Rollouts(parts), UpdateGuard()
     follower = Follower(parts, rollouts, guard, report)
@@ -103,6 +99,25 @@ def make_trainer(
         if scored is not None:
             scored.register_forward_pre_hook(follower.before_forward, with_kwargs=True)
     return trainer
+
+
+@contextmanager
+def without_old_names() -> Iterator[None]:
+    """Not to hear of transformers' new names for arguments that TRL still reads by the old ones."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*deprecated", category=FutureWarning)
+        yield
+
+
+def require_place() -> None:
+    """Refuse to go on where TRL would compute something else.
+
+    Raises:
+        SetupError: it is of another version, or would share the work out over several GPUs.
+    """
+    require_trl()
+    if torch.cuda.device_count() > 1:
+        raise SetupError('engine "trl" uses one GPU; make one visible with CUDA_VISIBLE_DEVICES')
 
 
 def schedule(optimizer: torch.optim.Optimizer, settings: Optimizer, updates: int) -> torch.optim.lr_scheduler.LambdaLR:

@@ -10,33 +10,19 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from grpo_lab.engines import trl_vllm
+from grpo_lab.engines.trl_trainer import QUANTIZED, cut_otherwise, equal_parts, trainer_arguments
 from grpo_lab.engines.trl_vllm import vllm_arguments
 from grpo_lab.errors import SetupError
 from grpo_lab.recipe.schema import GrpoStage, Model, WeightSchedule
-from grpo_lab.seeds import derive_seed
 
 VERSION = "1.16.0"  # TRL's numbers move between minor versions
 INEXACT = "engine: trl draws from global random state, which is not a function of the step"
 
-# TRL's and transformers' own defaults that differ from what a recipe means, and everything this project does itself.
+# TRL's own defaults that differ from what a recipe means; `trl_trainer.py` has those of both trainers.
 FIXED: Mapping[str, Any] = {
-    "bf16": False,  # TRL's default is true, on CPUs too: log-probs off by .08. Weights have the recipe's dtype.
-    "fp16": False,
     "disable_dropout": True,
-    "shuffle_dataset": False,  # prompts come in the order of the shared stream
-    "num_train_epochs": 1,
-    "dataloader_num_workers": 0,
-    "remove_unused_columns": False,
     "repetition_penalty": 1.0,
-    "logging_strategy": "steps",
-    "logging_steps": 1,
-    "logging_nan_inf_filter": False,  # true would log a loss that is not a number as 0
     "log_completions": False,  # rollouts go to our own sinks
-    "save_strategy": "no",  # a callback asks for checkpoints, at the end of a step only
-    "eval_strategy": "no",  # evaluation is the shared one
-    "report_to": "none",
-    "push_to_hub": False,
-    "disable_tqdm": True,
 }
 
 REDUCTIONS = {"sequence": "grpo", "token": "dapo", "constant": "dr_grpo"}
@@ -172,8 +158,7 @@ def unsupported(stage: GrpoStage, model: Model | None = None) -> list[tuple[tupl
     found = [(key, message) for key, (is_refused, message) in REFUSED.items() if is_refused(stage)]
     lora = None if model is None else model.lora
     if model is not None and model.quantization is not None:
-        message = "TRL turns the adapter of a quantized model to bfloat16, whatever the recipe says; set engine: native"
-        found.append(("model.quantization", message))
+        found.append(("model.quantization", QUANTIZED))
     if lora is not None and lora.bias != "none" and stage.algorithm.beta > 0:
         message = (
             "TRL's reference is a second adapter, and peft allows one with biases; set none, beta: 0 or engine: native"
@@ -247,7 +232,7 @@ class Sizes:
 
 
 def sizes(stage: GrpoStage) -> Sizes:
-    """TRL cuts an optimiser step into equal parts: the largest divisor of its rows that micro_batch_size allows.
+    """A GRPO step in TRL's counting.
 
     >>> base = {"kind": "grpo", "data": {"source": "task", "path": "addition", "prompt": "prompt"}, "steps": 1}
     >>> base |= {"optimizer": {"learning_rate": 1e-3}, "rewards": [{"name": "accuracy"}], "prompts_per_step": 4}
@@ -258,8 +243,7 @@ def sizes(stage: GrpoStage) -> Sizes:
     algorithm = stage.algorithm
     completions = stage.prompts_per_step * stage.sampling.num_generations
     rows = completions // algorithm.num_minibatches
-    most = min(stage.micro_batch_size or rows, rows)
-    at_once = next(size for size in range(most, 0, -1) if rows % size == 0)
+    at_once = equal_parts(rows, stage.micro_batch_size)
     return Sizes(completions, at_once, rows // at_once, algorithm.num_iterations * algorithm.num_minibatches)
 
 
@@ -267,17 +251,12 @@ def arguments(stage: GrpoStage, model: Model, *, seed: int) -> dict[str, Any]:
     """The arguments of GRPOConfig, all but the folder and the device. `seed` is the stage's own."""
     size, sampling, algorithm = sizes(stage), stage.sampling, stage.algorithm
     return {
+        **trainer_arguments(stage, model, seed=seed),
         **FIXED,
-        "seed": derive_seed(seed, "trl") % 2**32,
         "max_steps": stage.steps * size.updates,
         "generation_batch_size": size.completions,
         "per_device_train_batch_size": size.rows_at_once,
         "gradient_accumulation_steps": size.accumulation,
-        "learning_rate": stage.optimizer.learning_rate,
-        "max_grad_norm": stage.optimizer.max_grad_norm or 0.0,  # 0 = never clipped, still measured
-        "gradient_checkpointing": model.gradient_checkpointing,
-        "gradient_checkpointing_kwargs": {"use_reentrant": False},
-        "trust_remote_code": model.trust_remote_code,
         "num_generations": sampling.num_generations,
         "max_completion_length": sampling.max_completion_length,
         "temperature": sampling.temperature,
@@ -337,6 +316,4 @@ def differences(stage: GrpoStage) -> list[str]:
         found.append("TRL takes the entropy quantile per micro-batch and under the current policy, not over the step")
     if algorithm.entropy_bonus > 0 and size.accumulation > 1:
         found.append("TRL's entropy bonus is a mean of micro-batch means")
-    if stage.micro_batch_size is not None and size.rows_at_once != min(stage.micro_batch_size, size.completions):
-        found.append(f"TRL needs equal micro-batches: {size.rows_at_once} rows instead of {stage.micro_batch_size}")
-    return found
+    return found + cut_otherwise(stage, size.completions, size.rows_at_once)

@@ -6,7 +6,6 @@ Rows come as tokens with labels, in the order of the shared stream. What each re
 
 import copy
 import math
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -19,11 +18,14 @@ from transformers import PrinterCallback, TrainerCallback
 from grpo_lab.data.examples import TrainingRow
 from grpo_lab.data.stream import PromptStream
 from grpo_lab.engines.learner import make_optimizer
-from grpo_lab.engines.trl import UpdateGuard, schedule  # before trl: it switches telemetry off
-from grpo_lab.engines.trl_config import require_trl
+from grpo_lab.engines.trl import (  # before trl: it switches telemetry off
+    UpdateGuard,
+    require_place,
+    schedule,
+    without_old_names,
+)
 from grpo_lab.engines.trl_dataset import LazyRows
 from grpo_lab.engines.trl_sft_config import sft_arguments
-from grpo_lab.errors import SetupError
 from grpo_lab.recipe.schema import Model, SftStage
 from grpo_lab.tracking.metrics import sft_metrics
 from grpo_lab.tracking.stopwatch import Stopwatch
@@ -82,9 +84,7 @@ def train_sft(
         output: where TRL puts its checkpoints.
         callbacks: further ones of transformers' Trainer; they run after a step was reported.
     """
-    with warnings.catch_warnings():
-        # transformers' new names for arguments that TRL still reads by the old ones
-        warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*deprecated", category=FutureWarning)
+    with without_old_names():
         trainer = make_sft_trainer(parts, model, output=output, report=report, callbacks=callbacks)
         trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
 
@@ -98,9 +98,7 @@ def make_sft_trainer(
     callbacks: list[TrainerCallback],
 ) -> SFTTrainer:
     """TRL's trainer, made of the stage's parts."""
-    require_trl()
-    if torch.cuda.device_count() > 1:
-        raise SetupError('engine "trl" uses one GPU; make one visible with CUDA_VISIBLE_DEVICES')
+    require_place()
     stage, network = parts.stage, parts.policy.model
     optimizer = make_optimizer(network, stage.optimizer)
     guard = UpdateGuard()

@@ -7,32 +7,18 @@ Imports no TRL, so that a recipe is checked without it. The tables say which key
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from grpo_lab.engines.trl_trainer import QUANTIZED, cut_otherwise, equal_parts, trainer_arguments
 from grpo_lab.recipe.schema import Model, SftStage
-from grpo_lab.seeds import derive_seed
 
-# TRL's and transformers' own defaults that differ from what a recipe means, and everything this project does itself.
+# Beside what holds for both trainers: SFTTrainer's defaults that differ from what a recipe means.
 FIXED: Mapping[str, Any] = {
-    "bf16": False,  # TRL's default is true, on CPUs too. Weights have the recipe's dtype.
-    "fp16": False,
     "loss_type": "nll",
     "completion_only_loss": False,  # rows come as tokens with their labels
     "assistant_only_loss": False,
     "dataset_kwargs": {"skip_prepare_dataset": True},
     "packing": False,  # TRL's packing cuts rows and decides how many make a batch; packed rows are `padding_free`
     "max_length": None,  # rows were checked
-    "shuffle_dataset": False,
     "train_sampling_strategy": "sequential",  # rows come in the order of the shared stream
-    "num_train_epochs": 1,
-    "dataloader_num_workers": 0,
-    "remove_unused_columns": False,
-    "logging_strategy": "steps",
-    "logging_steps": 1,
-    "logging_nan_inf_filter": False,  # true would log a loss that is not a number as 0
-    "save_strategy": "no",  # a callback asks for checkpoints
-    "eval_strategy": "no",  # evaluation is the shared one
-    "report_to": "none",
-    "push_to_hub": False,
-    "disable_tqdm": True,
 }
 
 # recipe key -> the argument of SFTConfig that it decides, alone or with others
@@ -74,7 +60,7 @@ REFUSED: Mapping[str, Refusal] = {
     ),
     "model.quantization": (
         lambda stage, model: model.quantization is not None,
-        "TRL turns the adapter of a quantized model to bfloat16, whatever the recipe says; set engine: native",
+        QUANTIZED,
     ),
 }
 
@@ -88,27 +74,16 @@ def unsupported_sft(stage: SftStage, model: Model) -> list[tuple[tuple[str, ...]
     ]
 
 
-def rows_at_once(stage: SftStage) -> int:
-    """TRL cuts a step into equal parts: the largest divisor of its rows that micro_batch_size allows."""
-    most = min(stage.micro_batch_size or stage.batch_size, stage.batch_size)
-    return next(size for size in range(most, 0, -1) if stage.batch_size % size == 0)
-
-
 def sft_arguments(stage: SftStage, model: Model, *, seed: int) -> dict[str, Any]:
     """The arguments of SFTConfig, all but the folder and the device. `seed` is the recipe's own."""
-    at_once = rows_at_once(stage)
+    at_once = equal_parts(stage.batch_size, stage.micro_batch_size)
     return {
+        **trainer_arguments(stage, model, seed=seed),
         **FIXED,
-        "seed": derive_seed(seed, "trl") % 2**32,
         "max_steps": stage.steps,
         "per_device_train_batch_size": at_once,
         "gradient_accumulation_steps": stage.batch_size // at_once,
         "padding_free": stage.packing,
-        "learning_rate": stage.optimizer.learning_rate,
-        "max_grad_norm": stage.optimizer.max_grad_norm or 0.0,  # 0 = never clipped, still measured
-        "gradient_checkpointing": model.gradient_checkpointing,
-        "gradient_checkpointing_kwargs": {"use_reentrant": False},
-        "trust_remote_code": model.trust_remote_code,
     }
 
 
@@ -123,6 +98,4 @@ def sft_differences(stage: SftStage) -> list[str]:
             "packing: TRL gives transformers one row with positions that start again, from which it makes a mask of all "
             "pairs of tokens; the native engine computes no pair of different rows"
         )
-    if stage.micro_batch_size is not None and rows_at_once(stage) != min(stage.micro_batch_size, stage.batch_size):
-        found.append(f"TRL needs equal micro-batches: {rows_at_once(stage)} rows instead of {stage.micro_batch_size}")
-    return found
+    return found + cut_otherwise(stage, stage.batch_size, equal_parts(stage.batch_size, stage.micro_batch_size))

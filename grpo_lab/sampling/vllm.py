@@ -1,7 +1,6 @@
 """vLLM in this process, beside the trainer. vLLM itself is imported when an engine is built, which takes many seconds."""
 
 import os
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from grpo_lab.sampling.transfer import Transfer, version_name
 from grpo_lab.sampling.undisturbed import undisturbed
 from grpo_lab.sampling.vllm_needs import check_heads
 from grpo_lab.sampling.vllm_plugin import keep_weights_loadable
+from grpo_lab.sampling.vllm_words import answered, asked
 from grpo_lab.sampling.vllm_worker import load_all
 from grpo_lab.seeds import derive_seed
 from grpo_lab.types import Completion, Example, Group, Policy
@@ -54,6 +54,8 @@ class VllmSampler:
 
     def sample(self, examples: list[Example], *, num_generations: int, seed: int, first_group: int = 0) -> list[Group]:
         """`num_generations` completions for each example."""
+        from vllm import SamplingParams
+
         for example in examples:
             if len(example.prompt_ids) + self.decoding.max_completion_length > self.max_length:
                 raise RecipeError(
@@ -62,12 +64,9 @@ class VllmSampler:
                 )
         self._wake()
         prompts: Any = [{"prompt_token_ids": list(example.prompt_ids)} for example in examples]
-        params = [
-            sampling_params(
-                self.decoding, self.policy, num_generations, derive_seed(seed, "noise", first_group + index)
-            )
-            for index in range(len(examples))
-        ]
+        seeds = [derive_seed(seed, "noise", first_group + index) for index in range(len(examples))]
+        wanted = [asked(self.decoding, self.policy, num_generations, of_group) for of_group in seeds]
+        params = [SamplingParams(**each, detokenize=False) for each in wanted]
         with undisturbed():
             outputs = self._engine.generate(prompts, params, use_tqdm=False, lora_request=self._adapter)
         if self.settings.sleep:
@@ -167,27 +166,7 @@ def clean_up() -> None:
     cleanup_dist_env_and_memory()
 
 
-def sampling_params(decoding: Decoding, policy: Policy, num_generations: int, seed: int) -> Any:
-    """vLLM's words for a decoding; its log-probs are those of the distribution that is sampled."""
-    from vllm import SamplingParams
-
-    return SamplingParams(
-        n=num_generations,
-        seed=seed,
-        temperature=decoding.temperature,
-        top_p=decoding.top_p,
-        top_k=decoding.top_k or 0,
-        min_p=decoding.min_p,
-        max_tokens=decoding.max_completion_length,
-        stop_token_ids=list(policy.eos_ids),
-        logprobs=0,
-        detokenize=False,
-    )
-
-
 def completion(policy: Policy, answer: Any) -> Completion:
     """One of vLLM's answers as a completion."""
-    ids: Sequence[int] = answer.token_ids
-    logps = tuple(step[token].logprob for step, token in zip(answer.logprobs, ids, strict=True))
-    text = policy.tokenizer.decode(list(ids), skip_special_tokens=True)
-    return Completion(text, tuple(ids), bool(ids) and ids[-1] in policy.eos_ids, logps)
+    logps = [step[token].logprob for step, token in zip(answer.logprobs, answer.token_ids, strict=True)]
+    return answered(policy, answer.token_ids, logps)

@@ -16,6 +16,7 @@ from grpo_lab.errors import SetupError, StaleWeightsError
 from grpo_lab.recipe.schema import Vllm
 from grpo_lab.sampling.decoding import Decoding
 from grpo_lab.sampling.transfer import Transfer, is_version_name, version_name
+from grpo_lab.sampling.vllm_words import answered, asked
 from grpo_lab.seeds import derive_seed
 from grpo_lab.types import Completion, Example, Group, Policy
 
@@ -186,16 +187,8 @@ def request_body(
 ) -> dict[str, Any]:
     """What is asked of a server for one group, all but the model's name."""
     return {
+        **asked(decoding, policy, num_generations, seed),
         "prompt": list(example.prompt_ids),
-        "n": num_generations,
-        "seed": seed,
-        "temperature": decoding.temperature,
-        "top_p": decoding.top_p,
-        "top_k": decoding.top_k or 0,
-        "min_p": decoding.min_p,
-        "max_tokens": decoding.max_completion_length,
-        "stop_token_ids": list(policy.eos_ids),
-        "logprobs": 0,
         "return_token_ids": True,
         "add_special_tokens": False,
     }
@@ -211,8 +204,5 @@ def completions(policy: Policy, answer: Mapping[str, Any], url: str) -> tuple[Co
     for choice in sorted(answer["choices"], key=lambda choice: choice["index"]):
         if choice["finish_reason"] not in ("stop", "length"):
             raise SetupError(f"{url}: the vLLM server ended a completion with {choice['finish_reason']}")
-        ids = tuple(choice["token_ids"])
-        text = policy.tokenizer.decode(list(ids), skip_special_tokens=True)
-        logps = tuple(choice["logprobs"]["token_logprobs"])
-        found.append(Completion(text, ids, bool(ids) and ids[-1] in policy.eos_ids, logps))
+        found.append(answered(policy, choice["token_ids"], choice["logprobs"]["token_logprobs"]))
     return tuple(found)

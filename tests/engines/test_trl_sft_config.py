@@ -10,11 +10,11 @@ from grpo_lab.engines.trl_sft_config import (
     PASSED,
     REFUSED,
     SHARED,
-    rows_at_once,
     sft_arguments,
     sft_differences,
     unsupported_sft,
 )
+from grpo_lab.engines.trl_trainer import equal_parts
 from grpo_lab.errors import RecipeError
 from grpo_lab.recipe.schema import Model, SftStage
 
@@ -121,7 +121,11 @@ def test_equal_parts_make_up_the_step(batch_size, micro_batch_size):
     stage = SftStage(**{**STAGE, "batch_size": batch_size, "micro_batch_size": micro_batch_size})
     arguments = sft_arguments(stage, Model(**MODEL), seed=0)
     assert arguments["per_device_train_batch_size"] * arguments["gradient_accumulation_steps"] == batch_size
-    assert arguments["per_device_train_batch_size"] == rows_at_once(stage) <= (micro_batch_size or batch_size)
+    assert (
+        arguments["per_device_train_batch_size"]
+        == equal_parts(batch_size, micro_batch_size)
+        <= (micro_batch_size or batch_size)
+    )
 
 
 def test_what_is_realised_differently_is_said():
