@@ -107,12 +107,28 @@ def gated(gate: Tensor, up: Tensor) -> Tensor:
     return _Gated.apply(gate, up)  # type: ignore[no-any-return]
 
 
+_GIVEN: set[Callable[..., Any]] = set()
+
+
+def _given(function: FunctionType) -> FunctionType:
+    """Mark a function that layers are given as their `forward`.
+
+    Its name is that, too: a bound method is pickled as its object's attribute of that name, so that a layer which is sent
+    to another process arrives with its own way, and is tried there anew.
+    """
+    function.__name__ = "forward"
+    _GIVEN.add(function)
+    return function
+
+
+@_given
 def _norm_forward(self: Any, hidden_states: Tensor) -> Tensor:
     if hidden_states.dtype != self.weight.dtype:  # theirs knows how to compute in another type than the weights'
         return type(self).forward(self, hidden_states)  # type: ignore[no-any-return]
     return rms_norm(hidden_states, self.weight, self.variance_epsilon)
 
 
+@_given
 def _mlp_forward(self: Any, x: Tensor) -> Tensor:
     return self.down_proj(gated(self.gate_proj(x), self.up_proj(x)))  # type: ignore[no-any-return]
 
@@ -168,11 +184,7 @@ def _rotating(theirs: FunctionType) -> FunctionType:
     names = {**theirs.__globals__, _ROTARY: rotation}
     ours = FunctionType(theirs.__code__, names, theirs.__name__, theirs.__defaults__, theirs.__closure__)
     ours.__kwdefaults__ = theirs.__kwdefaults__
-    _GIVEN.add(ours)
-    return ours
-
-
-_GIVEN: set[Callable[..., Any]] = {_norm_forward, _mlp_forward}
+    return _given(ours)
 
 
 def _small_mlp(module: nn.Module) -> nn.Module:

@@ -1,6 +1,7 @@
 """Norms, rotations and gated MLPs in fewer passes: their gradients, and that nothing but rounding changes in a model."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -86,6 +87,22 @@ def test_a_copy_of_a_fused_model_computes_with_its_own_weights(make_policy):
             parameter.zero_()
     assert all(module.forward.__self__ is module for module in twin.modules() if "forward" in vars(module))
     assert float(twin(input_ids=torch.tensor([[3, 4]])).logits.detach().abs().max()) > 0
+
+
+def test_a_fused_model_can_be_sent_to_another_process_and_is_fused_there_anew(make_policy):
+    model = make_policy().model.eval()
+    assert why_plain(model) is None
+    sent = pickle.loads(pickle.dumps(model))
+    assert all(
+        vars(module)["forward"].__func__ is type(module).forward
+        for module in sent.modules()
+        if "forward" in vars(module)
+    )
+    ids = torch.arange(3, 18)[None]
+    torch.testing.assert_close(sent(input_ids=ids).logits, model(input_ids=ids).logits)
+    assert why_plain(sent) is None
+    assert fused(sent) == fused(model)
+    assert torch.equal(sent(input_ids=ids).logits, model(input_ids=ids).logits)
 
 
 def test_a_norm_that_adds_one_to_its_weight_keeps_its_own_way():
