@@ -17,7 +17,7 @@ from grpo_lab.card import model_card
 from grpo_lab.errors import GrpoLabError, SetupError, UsageError
 from grpo_lab.finished import CARD, Finished, export, finished_stage
 from grpo_lab.policy.adapter_files import base_of, is_adapter
-from grpo_lab.policy.load import has_adapter, load_policy, write_policy
+from grpo_lab.policy.load import first_line, has_adapter, load_policy, write_policy
 from grpo_lab.recipe import Recipe
 from grpo_lab.recipe.schema import Push
 from grpo_lab.tracking.folders import MANIFEST
@@ -88,8 +88,7 @@ def said_by_the_hub(repo: str) -> Iterator[None]:
     try:
         yield
     except HUB_ERRORS as error:
-        first = str(error).strip().partition("\n")[0]
-        raise SetupError(f"{repo}: the hub said no: {first}") from error
+        raise SetupError(f"{repo}: the hub said no: {first_line(error)}") from error
 
 
 class Publisher:
@@ -150,7 +149,7 @@ class Publisher:
         try:
             self._say("info", step, f"sent step {step}: {future.result().commit_url}")
         except HUB_ERRORS as error:
-            self._say("warning", step, f"step {step} was not sent: {str(error).strip().partition(chr(10))[0]}")
+            self._say("warning", step, f"step {step} was not sent: {first_line(error)}")
         finally:
             folder.cleanup()
 

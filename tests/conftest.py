@@ -12,7 +12,7 @@ from jaxtyping import install_import_hook
 install_import_hook("grpo_lab", "beartype.beartype")
 
 import sys  # noqa: E402
-from collections.abc import Callable  # noqa: E402
+from collections.abc import Callable, Iterable  # noqa: E402
 from functools import partial  # noqa: E402
 from pathlib import Path  # noqa: E402
 from textwrap import dedent  # noqa: E402
@@ -92,12 +92,22 @@ def make_policy(
     """A policy with random weights, large enough that distributions are far from uniform."""
     settings = {"attention": attention, "dtype": dtype, "gradient_checkpointing": gradient_checkpointing}
     policy = load_policy(Model(config={**LLAMA, **config}, tokenizer="built", **settings), tokenizer, seed=seed)
-    torch.manual_seed(seed)
-    with torch.no_grad():
-        for parameter in policy.model.parameters():
-            if parameter.ndim >= 2:
-                parameter.normal_(0.0, 0.25)
+    spread(policy.model.parameters(), 0.25, seed=seed)
     return policy
+
+
+@torch.no_grad()
+def spread(parameters: Iterable[torch.Tensor], std: float, *, seed: int = 0) -> None:
+    """Random matrices in place of those that a new model has, whose distributions are nearly uniform."""
+    torch.manual_seed(seed)
+    for parameter in parameters:
+        if parameter.ndim >= 2:
+            parameter.normal_(0.0, std)
+
+
+@pytest.fixture(scope="session", name="spread")
+def _spread():
+    return spread
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ MODELS = {
 
 
 @pytest.fixture(scope="module")
-def subject_of(tmp_path_factory, toy_text):
+def subject_of(tmp_path_factory, toy_text, spread):
     """The toy recipe's GRPO stage with G = 8, on one of the models above; weights far from 0."""
     path = tmp_path_factory.mktemp("toy") / "toy.yaml"
     path.write_text(toy_text)
@@ -29,11 +29,7 @@ def subject_of(tmp_path_factory, toy_text):
     def build(model="llama"):
         keys = [f"model.config={MODELS[model]}", "stages.grpo.sampling.num_generations=8"]
         of = report.subject(assemble(load(path, [*keys, "stages.grpo.algorithm.num_minibatches=1"])), None, 4)
-        torch.manual_seed(0)
-        with torch.no_grad():
-            for parameter in of.policy.model.parameters():
-                if parameter.ndim >= 2:
-                    parameter.normal_(0.0, 0.15)
+        spread(of.policy.model.parameters(), 0.15)
         return of
 
     return build

@@ -1,7 +1,6 @@
 """Both engines compute the same of an adapter that has learnt something, its reference being another adapter."""
 
 import pytest
-import torch
 
 from grpo_lab.assemble import assemble
 from grpo_lab.compare import report
@@ -17,7 +16,7 @@ AGAINST = {"rloo": "RLOOTrainer", "reinforce_pp": "float64 sheet", "reinforce_pp
     scope="module",
     params=["r: 4, alpha: 8", "r: 4, rslora: true, target_modules: [q_proj, up_proj]", "r: 4, dora: true"],
 )
-def adapted(request, tmp_path_factory, toy_text):
+def adapted(request, tmp_path_factory, toy_text, spread):
     path = tmp_path_factory.mktemp("toy") / "toy.yaml"
     path.write_text(toy_text)
     of = report.subject(
@@ -27,11 +26,7 @@ def adapted(request, tmp_path_factory, toy_text):
         None,
         4,
     )
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for parameter in of.policy.model.parameters():
-            if parameter.ndim >= 2 and not parameter.requires_grad:
-                parameter.normal_(0.0, 0.15)
+    spread((parameter for parameter in of.policy.model.parameters() if not parameter.requires_grad), 0.15)
     return of
 
 

@@ -28,16 +28,12 @@ PASSES = [(2, 1, 1), (1, 2, 4), (2, 2, 1), (2, 2, 4)]  # iterations, mini-batche
 
 
 @pytest.fixture(scope="module")
-def toy(tmp_path_factory, toy_text, tokenizer):
+def toy(tmp_path_factory, toy_text, tokenizer, spread):
     """The toy recipe's GRPO stage with a model whose distributions are far from uniform."""
     path = tmp_path_factory.mktemp("toy") / "toy.yaml"
     path.write_text(toy_text)
     of = report.subject(assemble(load(path)), None, 4)
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for parameter in of.policy.model.parameters():
-            if parameter.ndim >= 2:
-                parameter.normal_(0.0, 0.15)
+    spread(of.policy.model.parameters(), 0.15)
     return of
 
 

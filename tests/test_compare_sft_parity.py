@@ -16,17 +16,13 @@ from grpo_lab.recipe import load
 
 
 @pytest.fixture(scope="module")
-def subject(toy_text, tmp_path_factory):
+def subject(toy_text, tmp_path_factory, spread):
     """The toy's warm start, with weights far from uniform, so that a token more or less in sight would be seen."""
     file = tmp_path_factory.mktemp("toy") / "toy.yaml"
     file.write_text(toy_text)
     plan = assemble(load(file, ["model.config.attention_dropout=0.3"]))
     made = sft_subject(plan, supervised(plan, "warm_start"), 4)
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for parameter in made.policy.model.parameters():
-            if parameter.ndim >= 2:
-                parameter.normal_(0.0, 0.15)
+    spread(made.policy.model.parameters(), 0.15)
     return made
 
 

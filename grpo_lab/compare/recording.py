@@ -7,10 +7,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from grpo_lab.assemble import Plan
 from grpo_lab.batching import pad
 from grpo_lab.engines.readout import Rollouts
 from grpo_lab.policy.forward import completion_logps, frozen_copy
-from grpo_lab.recipe.schema import Algorithm, GrpoStage
+from grpo_lab.policy.load import load_policy
+from grpo_lab.recipe.schema import Algorithm, GrpoStage, Model, SftStage
 from grpo_lab.sampling.decoding import Decoding
 from grpo_lab.sampling.native import NativeSampler
 from grpo_lab.scoring import RewardSet
@@ -102,6 +104,16 @@ def perturbed(policy: Policy, seed: int) -> Policy:
             noise = torch.randn(parameter.shape, generator=generator).to(parameter)
             parameter += REFERENCE_SPREAD * parameter.std(correction=0) * noise
     return other
+
+
+def exact_policy(plan: Plan, stage: SftStage | GrpoStage) -> tuple[Policy, Model]:
+    """The stage's model as it is before any stage, in float32 and without what blurs a comparison; an adapter has learnt."""
+    exact = {"dtype": "float32", "gradient_checkpointing": False, "quantization": None}
+    model = plan.recipe.model_of(stage).model_copy(update=exact)
+    policy = load_policy(model, plan.tokenizer, seed=plan.recipe.seed)
+    if model.lora is not None:
+        policy = with_learnt_adapter(policy, derive_seed(plan.recipe.seed, "adapter noise"))
+    return policy, model
 
 
 @torch.no_grad()

@@ -12,17 +12,16 @@ from grpo_lab.assemble import Plan
 from grpo_lab.compare.by_design import by_design
 from grpo_lab.compare.gates import Check, as_json, first_failure, new_table, table
 from grpo_lab.compare.parity import CASES, SHEET, Case, Parity, compare, partner
-from grpo_lab.compare.recording import with_learnt_adapter
+from grpo_lab.compare.recording import exact_policy
+from grpo_lab.compare.runs import VERSIONS
 from grpo_lab.compare.self_check import self_check
 from grpo_lab.compare.sft_parity import CASES as SFT_CASES
 from grpo_lab.compare.sft_parity import SftSubject, compare_sft
 from grpo_lab.engines.trl_sft_config import sft_differences
 from grpo_lab.errors import RecipeError, UsageError
-from grpo_lab.policy.load import load_policy
 from grpo_lab.recipe.presets import PRESETS
 from grpo_lab.recipe.schema import Algorithm, GrpoStage
 from grpo_lab.scoring import RewardSet, bind
-from grpo_lab.seeds import derive_seed
 from grpo_lab.stages.plan import GrpoPlan
 from grpo_lab.types import Example, Policy
 
@@ -69,11 +68,7 @@ def subject(plan: Plan, name: str | None, num_prompts: int) -> Subject:
     parts = found.stage.algorithm.num_minibatches
     if num_prompts % parts:
         raise UsageError(f"--prompts {num_prompts}: must be a multiple of algorithm.num_minibatches ({parts})")
-    exact = {"dtype": "float32", "gradient_checkpointing": False, "quantization": None}
-    model = plan.recipe.model_of(found.stage).model_copy(update=exact)
-    policy = load_policy(model, plan.tokenizer, seed=plan.recipe.seed)
-    if model.lora is not None:
-        policy = with_learnt_adapter(policy, derive_seed(plan.recipe.seed, "adapter noise"))
+    policy, _ = exact_policy(plan, found.stage)
     examples: list[Example] = []
     while len(examples) < num_prompts:  # small data sets are gone round again
         examples += found.prompts.at(len(examples) // found.stage.prompts_per_step)
@@ -144,7 +139,7 @@ def self_report(of: Subject, *, processes: int) -> dict[str, Any]:
 
 def header(of: Subject | SftSubject) -> dict[str, Any]:
     """What was compared, and with which versions."""
-    versions = {name: version(name) for name in ("grpo-lab", "trl", "torch", "transformers")}
+    versions = {name: version(name) for name in VERSIONS}
     device = next(of.policy.model.parameters()).device.type
     return {"recipe": of.plan.recipe.name, "stage": of.name, "versions": versions, "device": device, "dtype": "float32"}
 

@@ -11,16 +11,14 @@ from torch import Tensor
 from grpo_lab.assemble import Plan
 from grpo_lab.compare.gates import Check
 from grpo_lab.compare.parity import LEARNING_RATE, Parity, plain_sgd, step_checks, weight_check
-from grpo_lab.compare.recording import with_learnt_adapter
+from grpo_lab.compare.recording import exact_policy
 from grpo_lab.data.examples import TrainingRow
 from grpo_lab.engines.learner import Learner
 from grpo_lab.engines.readout import SftReadout, StepReadout, copied, gradients_of
 from grpo_lab.engines.sft import negative_log_likelihood, training_batch
 from grpo_lab.errors import UsageError
 from grpo_lab.policy.forward import PolicyForward, learn_without_dropout
-from grpo_lab.policy.load import load_policy
 from grpo_lab.recipe.schema import Model, SftStage
-from grpo_lab.seeds import derive_seed
 from grpo_lab.stages.plan import SftPlan
 from grpo_lab.types import Batch, LogpsAndEntropy, Policy
 
@@ -81,11 +79,7 @@ def sft_subject(plan: Plan, of: SftPlan, num_prompts: int) -> SftSubject:
     num_rows = 2 * num_prompts
     if num_rows % PARTS:
         raise UsageError(f"--prompts {num_prompts}: twice as many rows are cut into {PARTS} parts; give an even number")
-    exact = {"dtype": "float32", "gradient_checkpointing": False, "quantization": None}
-    model = plan.recipe.model_of(of.stage).model_copy(update=exact)
-    policy = load_policy(model, plan.tokenizer, seed=plan.recipe.seed)
-    if model.lora is not None:
-        policy = with_learnt_adapter(policy, derive_seed(plan.recipe.seed, "adapter noise"))
+    policy, model = exact_policy(plan, of.stage)
     rows: list[TrainingRow] = []
     while len(rows) < STEPS * num_rows:
         rows += of.rows.at(len(rows) // of.stage.batch_size)

@@ -10,7 +10,7 @@ M_MMAP_THRESHOLD = -3  # as in glibc's malloc.h
 MAPPED_BYTES = 1 << 18  # beside a large model blocks from this size on get pages of their own
 
 
-def govern_freed_memory(network: Any) -> None:
+def give_freed_memory_back(network: Any) -> None:
     """Beside a large model give freed memory back at once, where the C library is glibc.
 
     By default blocks of up to 32 MiB are kept and larger ones go back. With a large model the tensors of a step leave

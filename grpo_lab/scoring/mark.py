@@ -213,6 +213,7 @@ def read_reward(function: Any, *, name: str, source: str, version: str | None = 
     columns, options = (_batched(parameters, place), {}) if batched else _single(function, scope, place)
     if not batched and inspect.iscoroutinefunction(function):
         raise RecipeError(f'{place}: is async; only a reward over "completions" can be')
+    marked = getattr(function, "__dict__", {}).get(_MARK, {})
     return Reward(
         name=name,
         function=function,
@@ -226,8 +227,8 @@ def read_reward(function: Any, *, name: str, source: str, version: str | None = 
         named=frozenset(parameters),
         check=vars(function).get(_CHECK) if inspect.isfunction(function) else None,
         takes_all_columns=batched and any(each.kind is Parameter.VAR_KEYWORD for each in parameters.values()),
-        range=getattr(function, "__dict__", {}).get(_MARK, {}).get("range"),
-        waits=getattr(function, "__dict__", {}).get(_MARK, {}).get("waits", False),
+        range=marked.get("range"),
+        waits=marked.get("waits", False),
         version=version or digest[:12],
     )
 

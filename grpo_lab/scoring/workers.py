@@ -85,18 +85,6 @@ class Workers:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def run(self, term: BoundTerm, jobs: Sequence[Job]) -> list[list[Outcome]]:
-        """The outcomes of these calls, each a list with one for every completion of the call.
-
-        A call over the deadline is a `timeout`, one whose process ends is `crashed`; its worker is started again and
-        the other calls go on. After three time-outs in a row the rest of the batch is taken to hang as well.
-
-        Raises:
-            RewardError: the reward cannot be loaded, or returned the wrong number of values.
-        """
-        outcomes = self.begin(term).finish(dict(enumerate(jobs)))
-        return [outcomes[row] for row in range(len(jobs))]
-
     def begin(self, term: BoundTerm) -> "Calls":
         """Calls of one term that need not all be known yet; those of one term before them are over or given up."""
         if any(not worker.idle for worker in self._crew(term)):
@@ -176,7 +164,15 @@ class Calls:
                 self._give()
 
     def finish(self, jobs: Mapping[int, Job]) -> dict[int, list[Outcome]]:
-        """The outcomes of these calls; those that were not added before are made now, the others not again."""
+        """The outcomes of these calls, each a list with one for every completion of the call; those that were not added
+        before are made now, the others not again.
+
+        A call over the deadline is a `timeout`, one whose process ends is `crashed`; its worker is started again and
+        the other calls go on. After three time-outs in a row the rest of them is taken to hang as well.
+
+        Raises:
+            RewardError: the reward cannot be loaded, or returned the wrong number of values.
+        """
         for number, job in jobs.items():
             if number not in self.jobs:
                 self.add(number, job)

@@ -34,7 +34,7 @@ stages:
     kind: grpo
     data: {source: task, path: addition, prompt: prompt, answer: {column: answer}, options: {digits: 1, size: 10}}
     sampling: {num_generations: 4, max_completion_length: 6}
-    rewards: [{name: variety}, {name: counting, weight: 0.1}]
+    rewards: [{name: variety}, {name: remembers, label: counting, weight: 0.1}]
     algorithm: {beta: 0.04, num_iterations: 2, sampling_attempts: 2}
     prompts_per_step: 3
     steps: 3
@@ -51,44 +51,13 @@ stages:
     evaluation:
       data: {source: task, path: addition, split: test, prompt: prompt, completion: completion, options: {digits: 1, size: 3}}
 """
-PLUGIN = """\
-import os
-from grpo_lab.scoring import reward
-
-class Counting:
-    "The number of answers scored so far: its state must survive, and see every answer."
-
-    def __init__(self):
-        self.calls = 0
-
-    def __call__(self, completion) -> float:
-        self.calls += 1
-        return float(self.calls)
-
-    def state_dict(self):
-        return self.calls
-
-    def load_state_dict(self, state):
-        self.calls = state
-
-counting = reward(Counting())
-
-@reward
-def variety(group) -> list[float]:
-    "Different tokens of an answer."
-    return [len(set(completion.token_ids)) / 8 for completion in group.completions]
-
-@reward
-def broken(group) -> list[float]:
-    "Breaks its contract in the second process only."
-    return [0.0] * (7 if os.environ.get("RANK") == "1" else len(group.completions))
-"""
+PLUGIN = Path(__file__).with_name("plugin.py")
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("runs")
-    (path / "plugin.py").write_text(PLUGIN)
+    shutil.copy(PLUGIN, path)
     (path / "shared.yaml").write_text(RECIPE)
     return path
 

@@ -7,56 +7,21 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from textwrap import dedent
 
 import pytest
 
 from grpo_lab.commands.launching import environments
 
-PLUGIN = """\
-from grpo_lab.scoring import reward
-
-@reward
-def siblings(group) -> list[float]:
-    "How many siblings are longer; fails where an answer has one token only."
-    lengths = [len(completion.token_ids) for completion in group.completions]
-    return [float(sum(own < other for other in lengths)) if own > 1 else 1 / 0 for own in lengths]
-
-class Remembers:
-    "The number of completions scored so far."
-
-    def __init__(self):
-        self.calls = 0
-
-    def __call__(self, completion) -> float:
-        self.calls += 1
-        return float(self.calls)
-
-    def state_dict(self):
-        return self.calls
-
-    def load_state_dict(self, state):
-        self.calls = state
-
-remembers = reward(Remembers())
-
-@reward
-def whole_batch(completions, log_metric, **kwargs):
-    "How long an answer is beside the mean of the step."
-    mean = sum(map(len, completions)) / len(completions)
-    log_metric("mean", mean)
-    return [len(completion) - mean for completion in completions]
-"""
+PLUGIN = Path(__file__).with_name("plugin.py")
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
-    (folder / "plugin.py").write_text(dedent(PLUGIN))
     script, out = Path(__file__).with_name("two_processes.py"), folder / "found.json"
     processes = [
         subprocess.Popen(
-            [sys.executable, str(script), str(out), str(folder / "plugin.py")],
+            [sys.executable, str(script), str(out), str(PLUGIN)],
             env={**environment, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(script.parents[2])},
         )
         for environment in environments(2)

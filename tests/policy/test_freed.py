@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from grpo_lab.policy.freed import govern_freed_memory
+from grpo_lab.policy.freed import give_freed_memory_back
 
 MIB_48 = 12 << 20  # numbers of 4 bytes
 
@@ -23,5 +23,5 @@ def fresh_pages():
 def test_beside_a_large_model_freed_memory_goes_back(monkeypatch):
     for name in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_MAX_"):
         monkeypatch.delenv(name, raising=False)
-    govern_freed_memory(nn.Linear(4096, 4097, device="meta"))
+    give_freed_memory_back(nn.Linear(4096, 4097, device="meta"))
     assert fresh_pages() > 1000

@@ -66,17 +66,13 @@ CACHE = "{cache_gib: 0.1}"
 
 
 @pytest.fixture(scope="module")
-def bases(tokenizer, tmp_path_factory) -> dict[str, Path]:
+def bases(tokenizer, tmp_path_factory, spread) -> dict[str, Path]:
     """A model of each kind on the disk, far from uniform."""
     folders = {}
     for kind in ("tied", "untied"):
         settings = {**CONFIG, "tie_word_embeddings": kind == "tied"}
         policy = load_policy(Model(config=settings, tokenizer="built"), tokenizer, seed=0)
-        torch.manual_seed(0)
-        with torch.no_grad():
-            for parameter in policy.model.parameters():
-                if parameter.ndim >= 2:
-                    parameter.normal_(0.0, 0.15)
+        spread(policy.model.parameters(), 0.15)
         folders[kind] = tmp_path_factory.mktemp("base") / kind
         write_policy(policy, folders[kind])
     return folders
