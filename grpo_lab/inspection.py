@@ -92,11 +92,16 @@ def probe_rewards(plan: Plan, stage: GrpoPlan) -> dict[str, dict[str, float | No
     columns = [example.columns for example in examples]
     if all("answer" in each for each in columns):
         for name, form in FORMS.items():
-            answers[f"gold {name}"] = [form.format(each["answer"]) for each in columns]
+            answers[f"gold {name}"] = [form.format(_first(each["answer"])) for each in columns]
     for column in ("completion", "solution"):
         if all(isinstance(each.get(column), str) for each in columns):
             answers[f"column {column}"] = [each[column] for each in columns]
     return {name: _mean_rewards(plan, stage, name, examples, texts) for name, texts in answers.items()}
+
+
+def _first(gold: Any) -> Any:
+    """One of several golds; none means that there is no answer."""
+    return next(iter(gold), "") if isinstance(gold, list | tuple) else gold
 
 
 def _mean_rewards(

@@ -12,7 +12,8 @@ so lengths are skewed as in real runs (most are short, few reach the limit) and 
 
 import os
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: spinning threads slow a busy machine tenfold
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch, and for both engines as `grpo-lab train` does it
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import argparse  # noqa: E402
@@ -23,7 +24,9 @@ import subprocess  # noqa: E402
 import sys  # noqa: E402
 import tempfile  # noqa: E402
 import time  # noqa: E402
+from collections.abc import Callable  # noqa: E402
 from datetime import UTC, datetime  # noqa: E402
+from itertools import pairwise  # noqa: E402
 from pathlib import Path  # noqa: E402
 from statistics import median  # noqa: E402
 from typing import Any  # noqa: E402
@@ -110,7 +113,7 @@ def work(arguments: argparse.Namespace, engine: str, folder: Path) -> None:
                 "kind": "grpo",
                 "engine": engine,
                 "data": {"source": "task", "path": "addition", "prompt": "prompt"},
-                "steps": request["steps"],
+                "steps": request["steps"] + 1,  # the first one makes the optimiser's state, once in a training
                 "optimizer": {"learning_rate": 1e-9},
                 "sampling": {
                     "num_generations": request["generations"],
@@ -125,12 +128,30 @@ def work(arguments: argparse.Namespace, engine: str, folder: Path) -> None:
         ends: list[Any] = []
         stream = PromptStream(examples, arguments.prompts, seed=number)
         rewards = bind(stage.rewards, discover())
+        gc.collect()  # a round's optimiser is in cycles, and would still be there at the next round's peak
         rates = [matmul_rate()]
+
+        def end_of_step(end: Any, ends: list[Any] = ends, rates: list[float] = rates) -> None:
+            ends.append(end)
+            rates.append(matmul_rate())
+
         with tempfile.TemporaryDirectory() as output:
-            run(engine, stage, policy, stream, rewards, seed=number, folder=Path(output), model=model, ends=ends)
-        rates.append(matmul_rate())
-        steps = [measured(end, arguments.vocab) for end in ends]
-        say({"steps": steps, "peak_mib": resident_mib("VmHWM") - before, "matmul_gflops": sum(rates) / 2})
+            run(
+                engine,
+                stage,
+                policy,
+                stream,
+                rewards,
+                seed=number,
+                folder=Path(output),
+                model=model,
+                report=end_of_step,
+            )
+        steps = [
+            measured(end, arguments.vocab, rate=(one + other) / 2)
+            for end, (one, other) in zip(ends, pairwise(rates), strict=True)
+        ]
+        say({"steps": steps[1:], "peak_mib": resident_mib("VmHWM") - before})
 
 
 def run(
@@ -143,14 +164,14 @@ def run(
     seed: int,
     folder: Path,
     model: Any,
-    ends: list[Any],
+    report: Callable[[Any], None],
 ) -> None:
     """Some steps of one engine, as `grpo-lab train` runs them."""
     if engine == "trl":
         from grpo_lab.engines import trl
 
         parts = trl.TrlParts("benchmark", stage, seed, policy, None, stream, None, rewards, folder)
-        trl.train(parts, model, output=folder / "trl", resume_from=None, report=ends.append, callbacks=[])
+        trl.train(parts, model, output=folder / "trl", resume_from=None, report=report, callbacks=[])
         return
     from grpo_lab.engines import native
     from grpo_lab.engines.learner import Learner
@@ -166,19 +187,21 @@ def run(
     )
     sampler = make_sampler("native", policy, Decoding.of(stage.sampling))
     parts = native.Parts("benchmark", stage, seed, policy, None, stream, sampler, rewards, learner, folder)
-    native.train(parts, start=0, report=ends.append)
+    native.train(parts, start=0, report=report)
 
 
-def measured(end: Any, vocabulary: int) -> dict[str, float]:
-    """A step's seconds by phase, and what it had to do."""
+def measured(end: Any, vocabulary: int, *, rate: float) -> dict[str, float]:
+    """A step's seconds by phase, and what it had to do; `rate` is the matrix-product rate around it."""
     prompts = [len(group.example.prompt_ids) for group in end.groups]
     lengths = [[len(completion.token_ids) for completion in group.completions] for group in end.groups]
+    gflop = needed_gflop(prompts, lengths, vocabulary=vocabulary)
     return {
         **{phase: end.timing[f"{phase}_seconds"] for phase in PHASES},
         "completions": float(sum(map(len, lengths))),
         "tokens": float(sum(map(sum, lengths))),
         "prompt_tokens": float(sum(prompts)),
-        "gflop": needed_gflop(prompts, lengths, vocabulary=vocabulary),
+        "matmul_gflops": rate,
+        "useful_share": gflop / end.timing["learn_seconds"] / rate,
     }
 
 
@@ -200,14 +223,14 @@ def needed_gflop(prompts: list[int], lengths: list[list[int]], *, vocabulary: in
 def matmul_rate() -> float:
     """What torch sustains here and now in a large float32 matrix product, in billion operations per second.
 
-    Taken before and after the steps of every round, for the speed of shared machines changes from minute to minute.
+    Taken before and after every step, for the speed of shared machines changes from second to second.
     """
     import torch
 
     rows, inner, columns = 2048, 512, 2048
     a, b = torch.randn(rows, inner), torch.randn(inner, columns)
     start, count = time.perf_counter(), 0
-    while time.perf_counter() - start < 0.5:
+    while time.perf_counter() - start < 0.25:
         a @ b
         count += 1
     return 2e-9 * rows * inner * columns * count / (time.perf_counter() - start)
@@ -269,7 +292,7 @@ def benchmark(arguments: argparse.Namespace, argv: list[str]) -> dict[str, Any]:
                     answer = worker.ask(arguments.steps, generations)
                     sums = {key: sum(step[key] for step in answer["steps"]) for key in answer["steps"][0]}
                     results["engines"][engine]["rounds"].append(
-                        {"generations": generations, "matmul_gflops": answer["matmul_gflops"], **sums}
+                        {"generations": generations, **sums, "steps": answer["steps"]}
                     )
                     results["engines"][engine]["peak_mib"] = answer["peak_mib"]
                     print(f"round {number + 1}, G {generations}, {engine}: {sums['step']:.1f} s", file=sys.stderr)  # noqa: T201
@@ -338,11 +361,11 @@ def table(results: dict[str, Any]) -> list[str]:
         )
         add(
             f"{prefix}useful work in learning, share of the matrix-product rate",
-            {name: [each["gflop"] / each["learn"] / each["matmul_gflops"] for each in rounds[name]] for name in names},
+            {name: [step["useful_share"] for each in rounds[name] for step in each["steps"]] for name in names},
         )
     add(
         "matrix-product rate (GFLOP/s)",
-        {name: [each["matmul_gflops"] for each in engines[name]["rounds"]] for name in names},
+        {name: [step["matmul_gflops"] for each in engines[name]["rounds"] for step in each["steps"]] for name in names},
     )
     add("peak memory above start (MiB)", {name: [engines[name]["peak_mib"]] for name in names}, less_is_better=True)
     add("start: imports and model (s)", {name: [engines[name]["start_seconds"]] for name in names}, less_is_better=True)
@@ -360,7 +383,7 @@ def main() -> None:
     )
     parser.add_argument("--prompts", type=int, default=8, help="P, prompts per step")
     parser.add_argument("--generations", type=int, nargs="+", default=[8], help="G, completions per prompt")
-    parser.add_argument("--steps", type=int, default=2, help="steps in a round")
+    parser.add_argument("--steps", type=int, default=2, help="steps in a round, after one that is not counted")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--trl-rows", type=int, default=16, help="TRL's per_device_train_batch_size")

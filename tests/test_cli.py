@@ -219,6 +219,16 @@ def test_a_dry_run_shows_what_rewards_say_of_gold_and_empty_answers(cli, toy_rec
     assert rewards["empty"]["total"] == pytest.approx(-0.0875)
 
 
+def test_a_dry_run_takes_one_of_several_golds(cli, toy_recipe, here):
+    rows = [{"question": f"Which city, {n}?", "answer": ["Rome", "Roma"] if n else []} for n in range(4)]
+    here.joinpath("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = f"{{source: file, path: {here}/rows.jsonl, prompt: question, answer: {{column: answer}}}}"
+    changes = [f"stages.grpo.data={data}", "stages.grpo.rewards=[{name: exact_match}]", "stages.grpo.evaluation=null"]
+    rewards = json.loads(cli("train", toy_recipe, "--dry-run", "--json", *changes).out)["stages"]["grpo"]["rewards"]
+    assert rewards["gold bare"]["exact_match"] == 1.0
+    assert rewards["empty"]["exact_match"] == 0.25  # the one that has no answer
+
+
 def test_a_dry_run_shows_the_sizes_of_the_steps_that_were_asked_for(cli, toy_recipe, here):
     found = json.loads(cli("train", toy_recipe, "--dry-run", "--json", "--max-steps", "3").out)
     assert found["stages"]["grpo"]["sizes"]["optimizer_steps"] == 12

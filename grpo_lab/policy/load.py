@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 
 from grpo_lab.errors import CheckpointError, RecipeError
 from grpo_lab.policy.adapter_files import base_of, is_adapter, quantization_of
-from grpo_lab.policy.freed import give_freed_memory_back
+from grpo_lab.policy.freed import govern_freed_memory
 from grpo_lab.recipe.schema import SHIPPED_TEMPLATES, Model, Quantization
 from grpo_lab.seeds import derive_seed
 from grpo_lab.types import Policy
@@ -87,7 +87,7 @@ def load_policy(model: Model, tokenizer: Any, *, seed: int, folder: str | Path |
     if model.gradient_checkpointing:
         network.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     network = network.to("cuda" if torch.cuda.is_available() else "cpu")
-    give_freed_memory_back(network)
+    govern_freed_memory(network)
     if source is not None and is_adapter(source):
         from grpo_lab.policy.adapter import attach_saved  # a second of import, needed only here
 

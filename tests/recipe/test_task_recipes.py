@@ -20,6 +20,7 @@ REAL_DATA = Path(os.environ.get("GRPO_LAB_DATA", ROOT.parent / "shared" / "data"
 REVIEWS = [{"text": f"Film {n}. It was long. It was {'fine' if n % 2 else 'dull'}.", "label": n % 2} for n in range(60)]
 STARS = [{"text": f"Place {n}. Food came.", "label": n % 5} for n in range(200)]
 PAIRS = [{"premise": f"{n} ants run.", "hypothesis": f"{n} ants sit.", "label": n % 3} for n in range(200)]
+SAME = [{"sentence1": f"{n} ants run.", "sentence2": f"{n} ants ran.", "label": n % 2} for n in range(200)]
 WORDS = [{"tokens": ["Ann", "Lee", "saw", f"Rome{n}", "."], "ner_tags": [1, 2, 0, 5, 0]} for n in range(60)]
 CONTEXT = "Rollo led the Normans. They came from Norway and settled in France."
 ASKED = [
@@ -41,6 +42,7 @@ RECIPES = {
     "qwen2.5-0.5b-imdb": (REVIEWS, ["always"]),
     "qwen2.5-0.5b-yelp": (STARS, ["always"]),
     "qwen2.5-0.5b-mnli": (PAIRS, ["always"]),
+    "qwen2.5-0.5b-mrpc": (SAME, ["always"]),
     "qwen2.5-0.5b-conll2003": (WORDS, ["no entities", "dictionary"]),
     "qwen2.5-0.5b-squad2": (ASKED, ["unanswerable", "first sentence"]),
     "qwen2.5-0.5b-cnn-dailymail": (ARTICLES, ["lead-1", "lead-3"]),
