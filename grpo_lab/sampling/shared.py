@@ -1,7 +1,7 @@
 """Decoding with shared prompts: each is computed once, rows that end give up their slot, and others take it."""
 
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -51,9 +51,12 @@ class SharedPromptDecoder:
         self.laid: list[int] = []  # which prompts are on the table
 
     def decode(
-        self, of_prompt: Sequence[int], noise: Float[Tensor, "N T"], tell: Callable[[Sequence[int]], None]
+        self, of_prompt: Sequence[int], noise: Float[Tensor, "N T"], tell: Callable[[Mapping[int, Row]], None]
     ) -> list[Row]:
-        """All rows, from their first token to their end; `tell` is told after every token which rows ended with it."""
+        """All rows, from their first token to their end; `tell` is given after every token the rows that ended with it.
+
+        `tell` must not hold the decoder: in a cycle its keys and values would stay until garbage is next collected.
+        """
         self.tell = tell
         self.rows, self.noise = [Row(prompt) for prompt in of_prompt], noise
         self.unfinished = Counter(of_prompt)
@@ -116,7 +119,7 @@ class SharedPromptDecoder:
             self.unfinished[prompt] -= 1
             if self.unfinished[prompt] == 0:
                 del self.caches[prompt], self.ends[prompt]
-        self.tell(rows)
+        self.tell({row: self.rows[row] for row in rows})
 
     def _seat(self) -> None:
         """Lay the table for the prompts in use where they changed or have become half as many, and seat the rows."""

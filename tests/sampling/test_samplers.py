@@ -1,5 +1,6 @@
 """What every sampler promises, for each of them; then what only the native one does."""
 
+import gc
 from dataclasses import replace
 from itertools import chain
 
@@ -280,6 +281,25 @@ def test_checkpointing_does_not_drop_the_cache(make_policy, make_examples, kind)
     policy.model.train()
     batch = pad(SAMPLERS[kind](policy, Decoding(8)).sample(make_examples(), num_generations=2, seed=0), policy)
     torch.testing.assert_close(batch.sampler_logps, completion_logps(policy, batch, temperature=1.0), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_tensor_outlives_sampling_until_garbage_is_collected(make_policy, make_examples, family):
+    """Keys and values in a cycle stay for many steps: a run's memory grew by them until the collector came."""
+    sampler = NativeSampler(make_policy(**FAMILIES[family]), Decoding(8))
+    sampler.sample(make_examples(), num_generations=2, seed=0)  # what is made once, at first use
+    gc.collect()
+    gc.disable()
+    try:
+        sampler.sample(make_examples(), num_generations=2, seed=1)
+        gc.set_debug(gc.DEBUG_SAVEALL)
+        gc.collect()
+        left = [found for found in gc.garbage if isinstance(found, torch.Tensor)]
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+        gc.enable()
+    assert left == []
 
 
 @pytest.mark.parametrize("family", FAMILIES)
