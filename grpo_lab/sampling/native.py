@@ -1,6 +1,6 @@
 """The native sampler: each prompt is computed once, finished rows leave the batch, noise is a function of the group."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float
@@ -11,7 +11,7 @@ from grpo_lab.attention.interface import NotPackableError
 from grpo_lab.attention.probe import why_plain
 from grpo_lab.padding import pad_left
 from grpo_lab.sampling.decoding import Decoding, Listener, draw, group_noise
-from grpo_lab.sampling.shared import Row, SharedPromptDecoder
+from grpo_lab.sampling.shared import SharedPromptDecoder
 from grpo_lab.types import Completion, Example, Group, Policy
 
 
@@ -62,15 +62,12 @@ class NativeSampler:
         of_prompt = [prompt for prompt in range(len(prompts)) for _ in range(num_generations)]
         decoder = SharedPromptDecoder(self.policy, self.decoding, prompts, slots)
         done: dict[int, Completion] = {}
-
-        def tell(ended: Mapping[int, Row]) -> None:
-            made = self._completions([(row.tokens, row.logps, row.finished) for row in ended.values()])
-            new = dict(zip(ended, made, strict=True))
-            done.update(new)
-            listener(new)
-
         try:
-            decoder.decode(of_prompt, noise, tell)
+            for ended in decoder.decode(of_prompt, noise):
+                made = self._completions([(row.tokens, row.logps, row.finished) for row in ended.values()])
+                new = dict(zip(ended, made, strict=True))
+                done |= new
+                listener(new)
         except NotPackableError:  # before the first token
             return None
         return [done[row] for row in range(num_rows)]

@@ -1,7 +1,7 @@
 """Decoding with shared prompts: each is computed once, rows that end give up their slot, and others take it."""
 
 from collections import Counter, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -50,27 +50,20 @@ class SharedPromptDecoder:
         self.slots: list[int] = []  # which row is in each slot
         self.laid: list[int] = []  # which prompts are on the table
 
-    def decode(
-        self, of_prompt: Sequence[int], noise: Float[Tensor, "N T"], tell: Callable[[Mapping[int, Row]], None]
-    ) -> list[Row]:
-        """All rows, from their first token to their end; `tell` is given after every token the rows that ended with it.
-
-        `tell` must not hold the decoder: in a cycle its keys and values would stay until garbage is next collected.
-        """
-        self.tell = tell
+    def decode(self, of_prompt: Sequence[int], noise: Float[Tensor, "N T"]) -> Iterator[dict[int, Row]]:
+        """Write all rows, from their first token to their end; after every token, those that ended with it (often none)."""
         self.rows, self.noise = [Row(prompt) for prompt in of_prompt], noise
         self.unfinished = Counter(of_prompt)
         waiting = deque(range(len(self.rows)))
         while waiting or self.slots:
             free = self.num_slots - len(self.slots)
             if waiting and (not self.slots or free * _ADMIT_AT >= self.num_slots):
-                self._admit([waiting.popleft() for _ in range(min(free, len(waiting)))])
+                yield self._admit([waiting.popleft() for _ in range(min(free, len(waiting)))])
             if self.slots:
-                self._step()
-        return self.rows
+                yield self._step()
 
-    def _admit(self, rows: list[int]) -> None:
-        """Compute the prompts that are new, and draw each row's first token."""
+    def _admit(self, rows: list[int]) -> dict[int, Row]:
+        """Compute the prompts that are new, and draw each row's first token; the rows that it ends."""
         new = sorted({self.rows[row].prompt for row in rows} - self.caches.keys())
         if new:
             packed = packed_prompts([self.prompts[prompt] for prompt in new], self.noise.device)
@@ -80,26 +73,28 @@ class SharedPromptDecoder:
             self.caches |= dict(zip(new, prefill.of_prompts(), strict=True))
             self.ends |= dict(zip(new, self.head(hidden[packed.predicted_at]), strict=True))
         self._write(rows, torch.stack([self.ends[self.rows[row].prompt] for row in rows]))
-        self._forget([row for row in rows if self._ended(row)])
-        self.slots += [row for row in rows if not self._ended(row)]
+        ended = self._forget([row for row in rows if self._ended(row)])
+        self.slots += [row for row in rows if row not in ended]
         self.attention.lengths += [0] * (len(self.slots) - len(self.attention.lengths))
         self._seat()
+        return ended
 
-    def _step(self) -> None:
-        """One token more for the row in every slot."""
+    def _step(self) -> dict[int, Row]:
+        """One token more for the row in every slot; the rows that it ends."""
         last = torch.tensor([[self.rows[row].tokens[-1]] for row in self.slots])
         position = [[len(self.prompts[self.rows[row].prompt]) + len(self.rows[row].tokens) - 1] for row in self.slots]
         self.attention.begin()
         hidden = self.decoder(**packed_arguments(last, torch.tensor(position), self.attention)).last_hidden_state
         self._write(self.slots, self.head(hidden[:, 0]))
-        ended = [slot for slot, row in enumerate(self.slots) if self._ended(row)]
-        self._forget([self.slots[slot] for slot in ended])
-        for slot in reversed(ended):
+        free = [slot for slot, row in enumerate(self.slots) if self._ended(row)]
+        ended = self._forget([self.slots[slot] for slot in free])
+        for slot in reversed(free):
             self.attention.leave(slot)
             self.slots[slot] = self.slots[-1]
             self.slots.pop()
-        if ended and self.slots:
+        if free and self.slots:
             self._seat()
+        return ended
 
     def _write(self, rows: Sequence[int], logits: Float[Tensor, "R V"]) -> None:
         at = [len(self.rows[row].tokens) for row in rows]
@@ -112,14 +107,14 @@ class SharedPromptDecoder:
     def _ended(self, row: int) -> bool:
         return self.rows[row].finished or len(self.rows[row].tokens) == self.decoding.max_completion_length
 
-    def _forget(self, rows: list[int]) -> None:
+    def _forget(self, rows: list[int]) -> dict[int, Row]:
         """These rows are written; a prompt that has no other is no longer needed."""
         for row in rows:
             prompt = self.rows[row].prompt
             self.unfinished[prompt] -= 1
             if self.unfinished[prompt] == 0:
                 del self.caches[prompt], self.ends[prompt]
-        self.tell({row: self.rows[row] for row in rows})
+        return {row: self.rows[row] for row in rows}
 
     def _seat(self) -> None:
         """Lay the table for the prompts in use where they changed or have become half as many, and seat the rows."""
