@@ -11,6 +11,7 @@ from grpo_lab.assemble import Plan
 from grpo_lab.data.stream import Stream
 from grpo_lab.errors import RewardError
 from grpo_lab.stages.plan import GrpoPlan, SftPlan
+from grpo_lab.text_metrics import gold_texts
 from grpo_lab.tracking.console import safe
 from grpo_lab.types import Completion, Example, Group
 
@@ -92,16 +93,19 @@ def probe_rewards(plan: Plan, stage: GrpoPlan) -> dict[str, dict[str, float | No
     columns = [example.columns for example in examples]
     if all("answer" in each for each in columns):
         for name, form in FORMS.items():
-            answers[f"gold {name}"] = [form.format(_first(each["answer"])) for each in columns]
+            answers[f"gold {name}"] = [form.format(_written(each["answer"])) for each in columns]
     for column in ("completion", "solution"):
         if all(isinstance(each.get(column), str) for each in columns):
             answers[f"column {column}"] = [each[column] for each in columns]
     return {name: _mean_rewards(plan, stage, name, examples, texts) for name, texts in answers.items()}
 
 
-def _first(gold: Any) -> Any:
-    """One of several golds; none means that there is no answer."""
-    return next(iter(gold), "") if isinstance(gold, list | tuple) else gold
+def _written(gold: Any) -> str:
+    """What a gold answer is written as: the first of several texts, nothing where there is no answer."""
+    try:
+        return next(iter(gold_texts(gold)), "")
+    except TypeError:  # a number, say
+        return str(gold)
 
 
 def _mean_rewards(
