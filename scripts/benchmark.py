@@ -26,7 +26,7 @@ import tempfile  # noqa: E402
 import time  # noqa: E402
 from collections.abc import Callable  # noqa: E402
 from datetime import UTC, datetime  # noqa: E402
-from itertools import pairwise  # noqa: E402
+from functools import partial  # noqa: E402
 from pathlib import Path  # noqa: E402
 from statistics import median  # noqa: E402
 from typing import Any  # noqa: E402
@@ -125,33 +125,25 @@ def work(arguments: argparse.Namespace, engine: str, folder: Path) -> None:
                 "micro_batch_size": arguments.trl_rows if engine == "trl" else None,
             }
         )
-        ends: list[Any] = []
         stream = PromptStream(examples, arguments.prompts, seed=number)
         rewards = bind(stage.rewards, discover())
         gc.collect()  # a round's optimiser is in cycles, and would still be there at the next round's peak
-        rates = [matmul_rate()]
-
-        def end_of_step(end: Any, ends: list[Any] = ends, rates: list[float] = rates) -> None:
-            ends.append(end)
-            rates.append(matmul_rate())
-
         with tempfile.TemporaryDirectory() as output:
-            run(
-                engine,
-                stage,
-                policy,
-                stream,
-                rewards,
-                seed=number,
-                folder=Path(output),
-                model=model,
-                report=end_of_step,
-            )
-        steps = [
-            measured(end, arguments.vocab, rate=(one + other) / 2)
-            for end, (one, other) in zip(ends, pairwise(rates), strict=True)
-        ]
+            train = partial(run, engine, stage, policy, stream, rewards, seed=number, folder=Path(output), model=model)
+            steps = measured_steps(train, arguments.vocab)
         say({"steps": steps[1:], "peak_mib": resident_mib("VmHWM") - before})
+
+
+def measured_steps(train: Callable[..., None], vocabulary: int) -> list[dict[str, float]]:
+    """What every step of a training took, with the matrix-product rate around it."""
+    steps, rates = list[dict[str, float]](), [matmul_rate()]
+
+    def report(end: Any) -> None:
+        rates.append(matmul_rate())
+        steps.append(measured(end, vocabulary, rate=sum(rates[-2:]) / 2))
+
+    train(report=report)
+    return steps
 
 
 def run(
@@ -290,7 +282,9 @@ def benchmark(arguments: argparse.Namespace, argv: list[str]) -> dict[str, Any]:
             for generations in arguments.generations:
                 for engine, worker in workers.items():
                     answer = worker.ask(arguments.steps, generations)
-                    sums = {key: sum(step[key] for step in answer["steps"]) for key in answer["steps"][0]}
+                    sums = {
+                        key: sum(step[key] for step in answer["steps"]) for key in (*PHASES, "completions", "tokens")
+                    }
                     results["engines"][engine]["rounds"].append(
                         {"generations": generations, **sums, "steps": answer["steps"]}
                     )
