@@ -25,7 +25,7 @@ from grpo_lab.types import Example
 RECIPE = """\
 name: toy
 num_threads: 1
-plugins: [./share.py]
+plugins: [./share.py, ./plugin.py]
 model:
   config: {model_type: llama, hidden_size: 16, intermediate_size: 32, num_hidden_layers: 1, num_attention_heads: 2,
            num_key_value_heads: 1, max_position_embeddings: 64, attention_dropout: 0.1}
@@ -36,7 +36,7 @@ stages:
     engine: trl
     data: {source: task, path: addition, prompt: prompt, answer: {column: answer}, options: {digits: 1, size: 10}}
     sampling: {num_generations: 4, max_completion_length: 6}
-    rewards: [{name: share}, {name: accuracy, weight: 0.5}, {name: counted, weight: 0.0}]
+    rewards: [{name: share}, {name: accuracy, weight: 0.5}, {name: remembers, label: counted, weight: 0.0}]
     algorithm: {beta: 0.04, num_iterations: 2, num_minibatches: 2}
     prompts_per_step: 4
     micro_batch_size: 5
@@ -64,21 +64,6 @@ def share(completion):
     if calls[0] == at:
         os.kill(trainer, signal.SIGTERM)
     return sum(token % 2 for token in completion.token_ids) / len(completion.token_ids)
-
-class Counted:
-    calls = 0
-
-    def __call__(self, completion):
-        self.calls += 1
-        return float(self.calls)
-
-    def state_dict(self):
-        return self.calls
-
-    def load_state_dict(self, state):
-        self.calls = state
-
-counted = reward(Counted())
 """
 
 
@@ -87,6 +72,7 @@ def world(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("trl")
     (folder / "recipe.yaml").write_text(RECIPE)
     (folder / "share.py").write_text(PLUGIN)
+    shutil.copy(Path(__file__).parents[1] / "distributed" / "plugin.py", folder)
     return folder
 
 
