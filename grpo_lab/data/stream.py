@@ -106,16 +106,16 @@ class PromptStream(Generic[T]):
         self._seed = seed
         self._shuffle = shuffle
         self._lengths = lengths
-        self._order = lru_cache(maxsize=2)(
-            self._order_of
-        )  # a step may hold the end of one epoch and the next one's start
+        # a step may hold the end of one epoch and the next one's start
+        self._order = lru_cache(maxsize=2)(self._order_of)
+        # a sampler may ask for a step ahead of the loop, and a `Stream` would be read again from its start
+        self._at = lru_cache(maxsize=2)(self._items_of)
         if not isinstance(items, Stream):
             self._need(len(items))
 
     def at(self, step: int) -> list[T]:
         """The `batch_size` items of one step; steps count from 0."""
-        first = step * self.batch_size
-        return [self._item(position) for position in range(first, first + self.batch_size)]
+        return list(self._at(step))
 
     def others(self, step: int, attempt: int) -> list[T]:
         """`batch_size` items to sample in place of others of the step: a function of (seed, step, attempt), attempt >= 1.
@@ -126,6 +126,10 @@ class PromptStream(Generic[T]):
             raise TypeError("a Stream is read in file order; it cannot be asked for other items")
         seed = derive_seed(self._seed, "attempt", attempt)
         return PromptStream(self.items, self.batch_size, seed=seed).at(step)
+
+    def _items_of(self, step: int) -> list[T]:
+        first = step * self.batch_size
+        return [self._item(position) for position in range(first, first + self.batch_size)]
 
     def _item(self, position: int) -> T:
         if isinstance(self.items, Stream):

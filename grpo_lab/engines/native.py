@@ -70,6 +70,11 @@ def train(parts: Parts, *, start: int, report: Callable[[StepEnd], None]) -> Non
         report(StepEnd(parts.name, step + 1, stage.steps, metrics, timing, groups, scores))
 
 
+def sampling_seed(seed: int, stage: str, step: int) -> int:
+    """What fixes the noise of a step's completions, of those that it asks for first."""
+    return derive_seed(seed, stage, "sampling", step)
+
+
 def collect(parts: Parts, step: int, clock: Stopwatch) -> Collected:
     """Sample and score one step's groups. Too many failed rewards end the run with the examples saved.
 
@@ -78,7 +83,7 @@ def collect(parts: Parts, step: int, clock: Stopwatch) -> Collected:
     step, attempt).
     """
     stage, num_groups = parts.stage, parts.stage.prompts_per_step
-    seed = derive_seed(parts.seed, parts.name, "sampling", step)
+    seed = sampling_seed(parts.seed, parts.name, step)
     groups, scores = _draw(parts, parts.prompts.at(step), seed, step, clock)
     teaches = has_signal(compared_rewards(scores, stage)).tolist()
     num_drawn, attempt = num_groups, 1

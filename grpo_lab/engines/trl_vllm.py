@@ -43,6 +43,10 @@ REFUSED: Mapping[str, tuple[Callable[[GrpoStage], bool], str]] = {
         lambda stage: stage.sampling.vllm is not None and stage.sampling.vllm.exchange is not None,
         "TRL sends weights over NCCL and not as files; set exchange: null",
     ),
+    "sampling.vllm.one_step_off": (
+        lambda stage: stage.sampling.vllm is not None and stage.sampling.vllm.one_step_off,
+        "TRL's GRPOTrainer draws and learns in turn; set one_step_off: false",
+    ),
     "algorithm.sampler_correction": (
         lambda stage: stage.algorithm.sampler_correction != "none" and not stage.sampling.has_own_weights,
         "TRL corrects for vLLM's distribution only; sample untruncated (top_p 1, no top_k, min_p 0) or set engine: native",

@@ -73,7 +73,7 @@ def run_grpo(context: Context, plan: GrpoPlan) -> None:
         admitting(context, plan.rewards),
         checkpointing(context, policy, learner, stage.checkpoint, moving_reference=moving, rewards=plan.rewards),
     )
-    with stage_sampler(context, stage, policy, version=start) as sampler:
+    with stage_sampler(context, plan, policy, version=start) as sampler:
         parts = Parts(
             name=plan.name,
             stage=stage,

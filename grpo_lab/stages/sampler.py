@@ -2,19 +2,23 @@
 
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from grpo_lab.engines.native import sampling_seed
 from grpo_lab.errors import StaleWeightsError
 from grpo_lab.policy.load import has_adapter
 from grpo_lab.policy.served import base_network, whole_weights, write_config, write_served
-from grpo_lab.recipe.schema import GrpoStage, Model, Sampling
+from grpo_lab.recipe.schema import Model, Sampling
 from grpo_lab.sampling import make_sampler
+from grpo_lab.sampling.ahead import AheadSampler, Draw
 from grpo_lab.sampling.dealt import FirstSampler
 from grpo_lab.sampling.decoding import Decoding, Sampler
 from grpo_lab.sampling.transfer import INEXACT, Transfer
 from grpo_lab.sampling.vllm_server import VllmServerSampler
+from grpo_lab.stages.plan import GrpoPlan
 from grpo_lab.stages.running import Context
 from grpo_lab.tracking.folders import save_folder_atomic
 from grpo_lab.types import Callback, Policy, StepEnd
@@ -23,8 +27,9 @@ FOLDER = "sampler"  # in the stage's folder: what is sent to a sampler with weig
 
 
 @contextmanager
-def stage_sampler(context: Context, stage: GrpoStage, policy: Policy, *, version: int) -> Iterator[Sampler]:
+def stage_sampler(context: Context, plan: GrpoPlan, policy: Policy, *, version: int) -> Iterator[Sampler]:
     """The sampler of a stage whose policy has learnt `version` steps; what it started is stopped in the end."""
+    stage = plan.stage
     settings, decoding = stage.sampling, Decoding.of(stage.sampling)
     if not settings.has_own_weights:
         yield make_sampler(settings.backend, policy, decoding, context.ranks)
@@ -45,11 +50,20 @@ def stage_sampler(context: Context, stage: GrpoStage, policy: Policy, *, version
         from grpo_lab.sampling.vllm import VllmSampler  # a second of import, needed only here
 
         sampler = VllmSampler(policy, decoding, settings.vllm, transfer, version=version)
-    try:
+    with ExitStack() as ends:
+        ends.callback(shutil.rmtree, transfer.folder, ignore_errors=True)
+        ends.callback(sampler.close)
+        if settings.vllm.one_step_off:
+            sampler = AheadSampler(sampler, partial(draw_of, plan, context.recipe.seed), step=version)
+            ends.callback(sampler.close)
         yield sampler if context.ranks.world == 1 else FirstSampler(sampler, context.ranks)
-    finally:
-        sampler.close()
-        shutil.rmtree(transfer.folder, ignore_errors=True)
+
+
+def draw_of(plan: GrpoPlan, seed: int, step: int) -> Draw | None:
+    """What the native loop asks of its sampler first in a step; None past the last step."""
+    if step >= plan.stage.steps:
+        return None
+    return Draw(plan.prompts.at(step), plan.stage.sampling.num_generations, sampling_seed(seed, plan.name, step))
 
 
 def transfer_of(model: Model, policy: Policy, folder: Path) -> Transfer:
@@ -76,14 +90,17 @@ def refusing_stale(sampling: Sampling) -> Callback:
 
     A sampler with weights of its own may have missed an update: its version then is another step's, or, where it only
     believes to be up to date, its log-probs are not the trainer's. Called after the step is logged and before it is saved.
+    One step off, the policy of the step before is right as well, and log-probs differ by what one update changes.
     """
+    one_step_off = sampling.vllm is not None and sampling.vllm.one_step_off
 
     def check(end: StepEnd) -> None:
+        expected = [end.step - 2, end.step - 1] if one_step_off and end.step > 1 else [end.step - 1]
         for group in end.groups:
-            if group.policy_version not in (None, end.step - 1):
+            if group.policy_version not in (None, *expected):
                 raise StaleWeightsError(
                     f"step {end.step} of {end.stage}: {group.example.id} was sampled by the policy of step "
-                    f"{group.policy_version}, expected {end.step - 1}: the sampler has missed an update"
+                    f"{group.policy_version}, expected {' or '.join(map(str, expected))}: the sampler has missed an update"
                 )
         gap, limit = end.metrics.get("lab/sampler_gap"), sampling.max_logps_gap
         if gap is not None and limit is not None and not gap <= limit:

@@ -181,6 +181,7 @@ IMPOSSIBLE: dict[str, list[dict[str, Any]]] = {
     "sampling.max_rows": [{"sampling.max_rows": 8}, {**VLLM, "sampling.max_rows": 8}],
     "sampling.vllm.urls": [{**SERVER, "sampling.vllm.urls": ["http://127.0.0.1:8000", "http://127.0.0.1:8001"]}],
     "sampling.vllm.exchange": [{**SERVER, "sampling.vllm.exchange": "/shared"}],
+    "sampling.vllm.one_step_off": [{**SERVER, "sampling.vllm.one_step_off": True}],
     "algorithm.advantage_baseline": [
         {"algorithm.advantage_baseline": "leave_one_out", "algorithm.advantage_scale": "none"},
         {"algorithm.advantage_baseline": "batch", "algorithm.advantage_scale": "batch"},

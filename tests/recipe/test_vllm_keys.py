@@ -66,6 +66,20 @@ def test_the_gap_that_stops_a_run_depends_on_the_dtype(recipe, settings, expecte
 
 
 VLLM = "s__g__sampling__vllm"
+AHEAD = {
+    "s__g__sampling__backend": "vllm-server",
+    f"{VLLM}__urls": "[http://127.0.0.1:8000]",
+    f"{VLLM}__one_step_off": "true",
+}
+
+
+def test_one_step_off_allows_for_what_an_update_changes_and_needs_the_correction_for_it(recipe):
+    stage = recipe(**AHEAD).stages["g"]
+    assert (stage.sampling.max_logps_gap, stage.algorithm.sampler_correction) == (0.1, "truncate")
+    with pytest.raises(
+        RecipeError, match="so the gradient would be biased; set algorithm.sampler_correction: truncate"
+    ):
+        recipe(**AHEAD, s__g__algorithm__sampler_correction="none")
 
 
 @pytest.mark.parametrize(
@@ -84,6 +98,7 @@ VLLM = "s__g__sampling__vllm"
             "vllm.cache_gib has no effect with backend: vllm-server; leave it out",
         ),
         ("vllm-server", {}, "backend: vllm-server needs vllm.urls, for example [http://127.0.0.1:8000]"),
+        ("vllm", {f"{VLLM}__one_step_off": "true"}, "vllm.one_step_off has no effect with backend: vllm; leave it out"),
         (
             "vllm-server",
             {f"{VLLM}__urls": "[127.0.0.1:8000]"},

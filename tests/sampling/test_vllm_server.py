@@ -2,6 +2,7 @@
 
 import json
 import threading
+import time
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -14,14 +15,32 @@ from grpo_lab.batching import pad
 from grpo_lab.errors import SetupError, StaleWeightsError
 from grpo_lab.policy.adapter import attach_saved
 from grpo_lab.policy.forward import completion_logps, frozen_copy
+from grpo_lab.policy.load import write_policy
 from grpo_lab.recipe.schema import Lora, Model, Vllm
 from grpo_lab.sampling import Decoding, NativeSampler
+from grpo_lab.sampling.ahead import AheadSampler, Draw
 from grpo_lab.sampling.vllm_server import VllmServerSampler
+from grpo_lab.seeds import derive_seed
 from grpo_lab.stages.sampler import transfer_of
 from grpo_lab.types import Example, Policy
 
 DECODING = Decoding(max_completion_length=6, temperature=0.8)
 CONFIG = {"logprobs_mode": "processed_logprobs", "dtype": "torch.float32"}
+
+RUN = """\
+name: run
+model: {{path: base}}
+stages:
+  grpo:
+    kind: grpo
+    data: {{source: task, path: addition, prompt: prompt, answer: {{column: answer}}, options: {{digits: 1, size: 10}}}}
+    sampling:
+      {{num_generations: 4, max_completion_length: 6, backend: vllm-server, vllm: {{urls: {urls}, one_step_off: {ahead}}}}}
+    rewards: [{{name: length, options: {{target: 5, unit: characters}}}}]
+    prompts_per_step: 4
+    steps: 4
+    optimizer: {{learning_rate: 1.0e-3}}
+"""
 
 
 class StandIn(ThreadingHTTPServer):
@@ -260,3 +279,77 @@ def test_no_server_and_one_that_refuses_are_said_in_a_line(make_policy, make_exa
     with pytest.raises(SetupError, match=r"http://127.0.0.1:9/\S+: the vLLM server cannot be reached: ") as error:
         sampled_by.sample(make_examples(), num_generations=2, seed=1)
     assert error.value.exit_code == 4
+
+
+def draws(examples: list[Example], steps: int):
+    """What each of `steps` steps asks for."""
+    return lambda step: Draw(examples, 2, 100 + step) if step < steps else None
+
+
+def asked_of(server: StandIn, seed: int) -> bool:
+    """Whether the completions of a step whose draw has this seed have been asked for."""
+    seeds = [body["seed"] for path, body in server.asked if path == "/v1/completions"]
+    return derive_seed(seed, "noise", 0) in seeds
+
+
+def wait_for(condition) -> None:
+    for _ in range(500):
+        if condition():
+            return
+        time.sleep(0.01)
+    raise AssertionError("it did not happen within 5 s")
+
+
+def test_one_step_off_completions_are_drawn_while_the_policy_learns_by_what_it_was(
+    make_policy, make_examples, serve, tmp_path
+):
+    policy, examples = make_policy(), make_examples()
+    (server,) = serve(policy)
+    ahead = AheadSampler(sampler(policy, [server], tmp_path / "s", version=3), draws(examples, 6), step=3)
+    found, before = [], []
+    for step in (3, 4, 5):
+        before.append(frozen_copy(policy))
+        found.append(ahead.sample(examples, num_generations=2, seed=100 + step))
+        if step < 5:
+            wait_for(lambda: asked_of(server, 100 + step + 1))  # noqa: B023 - called now. Not learnt yet, asked already
+        others = ahead.sample(examples[:1], num_generations=2, seed=7)
+        assert ([group.policy_version for group in others], gap(policy, others) < 1e-4) == ([step], True)
+        move(policy)
+        ahead.sync(policy)
+    ahead.close()
+    assert not asked_of(server, 106)  # nothing past the last step
+    assert [group.policy_version for groups in found for group in groups] == [3, 3, 3, 3, 3, 3, 4, 4, 4]
+    drawn_by = [before[0], before[0], before[1]]
+    assert all(gap(drawer, groups) < 1e-4 for drawer, groups in zip(drawn_by, found, strict=True))
+    assert gap(before[2], found[2]) > 0.01
+
+
+def test_one_step_off_a_server_that_fails_is_said_by_the_step_that_asks(make_policy, make_examples, serve, tmp_path):
+    policy, examples = make_policy(), make_examples()
+    (server,) = serve(policy)
+    ahead = AheadSampler(sampler(policy, [server], tmp_path / "s"), draws(examples, 3), step=0)
+    ahead.sample(examples, num_generations=2, seed=100)
+    wait_for(lambda: asked_of(server, 101))
+    ahead.close()
+    server.finish_reason = "abort"
+    ahead = AheadSampler(sampler(policy, [server], tmp_path / "s"), draws(examples, 3), step=0)
+    with pytest.raises(SetupError, match="ended a completion with abort"):
+        ahead.sample(examples, num_generations=2, seed=100)
+
+
+@pytest.mark.parametrize("ahead, versions", [("false", [0, 1, 2, 3]), ("true", [0, 0, 1, 2])], ids=["in turn", "ahead"])
+def test_a_run_in_turn_and_one_step_off(make_policy, serve, cli, tmp_path, ahead, versions):
+    policy = make_policy()
+    write_policy(policy, tmp_path / "base")
+    servers = serve(policy, 2)
+    (tmp_path / "run.yaml").write_text(RUN.format(urls=json.dumps([server.url for server in servers]), ahead=ahead))
+    ran = cli("train", tmp_path / "run.yaml", "--quiet", f"output_dir={tmp_path}", f"model.path={tmp_path / 'base'}")
+    assert (ran.code, ran.err) == (0, "")
+    steps = sorted((tmp_path / "run" / "grpo" / "rollouts").iterdir())
+    drawn_by = [{json.loads(row)["policy_version"] for row in step.read_text().splitlines()} for step in steps]
+    assert drawn_by == [{version} for version in versions]
+    rows = [json.loads(row) for row in (tmp_path / "run" / "grpo" / "metrics.jsonl").read_text().splitlines()]
+    gaps = [row["lab/sampler_gap"] for row in rows]
+    assert [size < 1e-5 for size in gaps] == [version == step for step, version in enumerate(versions)]
+    assert max(gaps) < 0.1
+    assert not (tmp_path / "run" / "grpo" / "sampler").exists()

@@ -49,8 +49,8 @@ def short_recipe(toy_recipe):
 )
 def test_a_skipped_synchronisation_is_caught_within_two_steps(monkeypatch, cli, short_recipe, counts, limit, expected):
     @contextmanager
-    def never_synced(context, stage, policy, *, version):
-        yield NeverSynced(policy, Decoding.of(stage.sampling), counts=counts)
+    def never_synced(context, plan, policy, *, version):
+        yield NeverSynced(policy, Decoding.of(plan.stage.sampling), counts=counts)
 
     monkeypatch.setattr(grpo, "stage_sampler", never_synced)
     overrides = [f"output_dir={short_recipe.parent}"]
@@ -86,4 +86,14 @@ def test_the_version_must_be_that_of_the_step_before():
     check(end(gap=None, version=3))
     for other in (2, 4):
         with pytest.raises(StaleWeightsError, match=f"e was sampled by the policy of step {other}, expected 3"):
+            check(end(gap=None, version=other))
+
+
+def test_one_step_off_the_version_may_also_be_the_one_before():
+    sampling = {"backend": "vllm-server", "vllm": {"urls": ["http://127.0.0.1:8000"], "one_step_off": True}}
+    check = refusing_stale(Sampling(num_generations=2, max_completion_length=3, **sampling))
+    for version in (2, 3):
+        check(end(gap=None, version=version))
+    for other in (1, 4):
+        with pytest.raises(StaleWeightsError, match=f"by the policy of step {other}, expected 2 or 3: "):
             check(end(gap=None, version=other))

@@ -84,6 +84,12 @@ class GrpoStage(StageBase):
                 "sampling.top_p, top_k and min_p change the sampled distribution, so the ratio would be biased; "
                 "turn them off or set algorithm.sampler_correction: truncate"
             )
+        vllm = self.sampling.vllm
+        if vllm is not None and vllm.one_step_off and self.algorithm.sampler_correction == "none":
+            problems.append(
+                "sampling.vllm.one_step_off learns from completions of the policy before the last update, so the "
+                "gradient would be biased; set algorithm.sampler_correction: truncate"
+            )
         if self.score_while_sampling and self.sampling.backend not in ("auto", "native"):
             problems.append(
                 f'score_while_sampling: sampling.backend "{self.sampling.backend}" tells of no answer early; set native'

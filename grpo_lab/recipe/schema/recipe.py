@@ -105,5 +105,8 @@ def _with_gap(stage: Any, dtype: str) -> Any:
     sampling = stage["sampling"]
     if stage.get("engine") == "trl" and sampling.get("backend") in OWN_WEIGHTS:
         dtype = "bfloat16"  # in which vLLM serves a float32 model, as TRL gives it no dtype
+    vllm = sampling.get("vllm")
+    if isinstance(vllm, dict) and vllm.get("one_step_off") is True:
+        dtype = "bfloat16"  # an update changes more than other kernels round
     truncates = any(sampling.get(key, off) != off for key, off in (("top_p", 1.0), ("top_k", None), ("min_p", 0.0)))
     return {**stage, "sampling": {"max_logps_gap": None if truncates else MAX_LOGPS_GAP[dtype], **sampling}}

@@ -9,7 +9,7 @@ from grpo_lab.recipe.schema.block import Block, Fraction, PositiveInt
 
 OWN_WEIGHTS = ("vllm", "vllm-server")  # backends that keep a copy of the policy
 OF_ENGINE = ("memory_share", "cache_gib", "max_model_length", "sleep")
-OF_SERVERS = ("urls", "exchange", "timeout_seconds")
+OF_SERVERS = ("urls", "exchange", "timeout_seconds", "one_step_off")
 # Mean |log pi - log sampler| in nats per token: far above what other kernels round differently, far below a policy that
 # has learnt something.
 MAX_LOGPS_GAP = {"float32": 1e-3, "bfloat16": 0.1}
@@ -32,6 +32,9 @@ class Vllm(Block):
     """backend vllm-server: a folder that trainer and servers both see, for new weights; null = in the run's folder."""
     timeout_seconds: Annotated[float, Field(gt=0)] = 600.0
     """backend vllm-server: the most seconds that a server may take for an answer."""
+    one_step_off: bool = False
+    """backend vllm-server: whether the next step's completions are drawn while this step is learnt, by the policy as it
+    was before this step; algorithm.sampler_correction weights for that."""
 
     @model_validator(mode="after")
     def _addresses(self) -> "Vllm":
@@ -64,7 +67,7 @@ class Sampling(Block):
     """The most completions decoded at once (bounds the KV cache); null = all of a step."""
     max_logps_gap: Annotated[float, Field(gt=0)] | None = None
     """The run stops where trainer and sampler differ by more (lab/sampler_gap, nats); null = never. Not written: 0.001
-    in float32, 0.1 in bfloat16 (and wherever TRL starts vLLM), and null under top_p, top_k or min_p, whose left-out mass is part of the gap."""
+    in float32, 0.1 in bfloat16 (and wherever TRL starts vLLM, or with vllm.one_step_off), and null under top_p, top_k or min_p, whose left-out mass is part of the gap."""
     vllm: Vllm | None = None
     """Where vLLM samples, and what it may take; backends vllm and vllm-server only."""
 
