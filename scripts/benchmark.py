@@ -201,14 +201,16 @@ def needed_gflop(prompts: list[int], lengths: list[list[int]], *, vocabulary: in
     """The billion floating-point operations that learning needs: each prompt, token and logit once, forward and backward.
 
     Counted are matrix products, 2 operations a multiplication: the layers' weights for every token, queries with keys
-    and probabilities with values for every pair that sees each other, the head for every predicted token.
+    and probabilities with values for every pair that sees each other, the head for every token that is predicted from.
+    Of all other tokens the last layer needs keys and values only.
     """
-    layer = 4 * HIDDEN * HIDDEN + 3 * HIDDEN * MLP
+    keys_and_values, others = 2 * HIDDEN * HIDDEN, 2 * HIDDEN * HIDDEN + 3 * HIDDEN * MLP
     tokens = sum(prompts) + sum(map(sum, lengths))
-    pairs = sum(n * n / 2 for n in prompts)
-    pairs += sum(prompt * n + n * n / 2 for prompt, group in zip(prompts, lengths, strict=True) for n in group)
     predicted = sum(n - 1 for group in lengths for n in group) + len(prompts)
-    forward = 2 * LAYERS * (layer * tokens + 2 * HIDDEN * pairs) + 2 * HIDDEN * vocabulary * predicted
+    weights = LAYERS * keys_and_values * tokens + others * ((LAYERS - 1) * tokens + predicted)
+    answers = sum(prompt * n + n * n / 2 for prompt, group in zip(prompts, lengths, strict=True) for n in group)
+    pairs = LAYERS * answers + sum((LAYERS - 1) * n * n / 2 + n for n in prompts)
+    forward = 2 * (weights + 2 * HIDDEN * pairs) + 2 * HIDDEN * vocabulary * predicted
     return 3 * forward / 1e9
 
 

@@ -24,8 +24,16 @@ class Prefill(PackedAttention):
 
     def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *, scaling: float) -> Tensor:
         """One layer over all prompts."""
-        self.layers.append((key[0].transpose(0, 1), value[0].transpose(0, 1)))
+        self._keep(key, value)
         return super().attend(module, query, key, value, scaling=scaling)
+
+    def attend_last(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *, scaling: float) -> Tensor:
+        """The last layer, for the ends of all prompts."""
+        self._keep(key, value)
+        return super().attend_last(module, query, key, value, scaling=scaling)
+
+    def _keep(self, key: Tensor, value: Tensor) -> None:
+        self.layers.append((key[0].transpose(0, 1), value[0].transpose(0, 1)))
 
     def of_prompts(self) -> list[list[tuple[Tensor, Tensor]]]:
         """Keys and values [S, H', D] of each prompt, layer by layer."""

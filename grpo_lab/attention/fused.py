@@ -107,7 +107,7 @@ def gated(gate: Tensor, up: Tensor) -> Tensor:
 _GIVEN: set[Callable[..., Any]] = set()
 
 
-def _given(function: FunctionType) -> FunctionType:
+def given(function: FunctionType) -> FunctionType:
     """Mark a function that layers are given as their `forward`.
 
     Its name is that, too: a bound method is pickled as its object's attribute of that name, so that a layer which is sent
@@ -118,14 +118,14 @@ def _given(function: FunctionType) -> FunctionType:
     return function
 
 
-@_given
+@given
 def _norm_forward(self: Any, hidden_states: Tensor) -> Tensor:
     if hidden_states.dtype != self.weight.dtype:  # theirs knows how to compute in another type than the weights'
         return type(self).forward(self, hidden_states)  # type: ignore[no-any-return]
     return rms_norm(hidden_states, self.weight, self.variance_epsilon)
 
 
-@_given
+@given
 def _mlp_forward(self: Any, x: Tensor) -> Tensor:
     return self.down_proj(gated(self.gate_proj(x), self.up_proj(x)))  # type: ignore[no-any-return]
 
@@ -181,7 +181,7 @@ def _rotating(theirs: FunctionType) -> FunctionType:
     names = {**theirs.__globals__, _ROTARY: rotation}
     ours = FunctionType(theirs.__code__, names, theirs.__name__, theirs.__defaults__, theirs.__closure__)
     ours.__kwdefaults__ = theirs.__kwdefaults__
-    return _given(ours)
+    return given(ours)
 
 
 def _small_mlp(module: nn.Module) -> nn.Module:

@@ -2,6 +2,7 @@
 
 All prompts come first, each once, then all completions. Which tokens see which is said by segments (runs of tokens that
 see what stands before them in the run) and crossings (tokens of completions that see a whole prompt).
+In the last layer only the places whose logits are needed look at anything.
 """
 
 from collections.abc import Sequence
@@ -51,18 +52,27 @@ class Crossing:
 
 
 @dataclass(frozen=True)
+class Layout:
+    """Which tokens see which. `is_full`: all look at something; each that does is in one segment."""
+
+    segments: tuple[Segments, ...]
+    crossings: tuple[Crossing, ...]
+    is_full: bool
+
+
+@dataclass(frozen=True)
 class PackedBatch:
     """A batch as one row of L tokens, and which of its K completion tokens is predicted at which place.
 
     `predicted_at` [R] are the places whose logits are needed, each once: the end of a prompt serves the first token of
     all its completions. Completion token k (in the order of `batch.completion_ids[batch.completion_mask]`) is predicted
-    by logits row `logits_row[k]`.
+    by logits row `logits_row[k]`. `last` is the layout of the last layer, `layout` that of the others.
     """
 
     ids: Int[Tensor, "L"]
     positions: Int[Tensor, "L"]
-    segments: tuple[Segments, ...]
-    crossings: tuple[Crossing, ...]
+    layout: Layout
+    last: Layout
     predicted_at: Int[Tensor, "R"]
     logits_row: Int[Tensor, "K"]
     longest: int
@@ -85,13 +95,14 @@ class PackedBatch:
         row_starts = [prompt_starts[-1] + start for start in _starts(lengths)]
 
         runs: list[list[range]] = []
+        shared: list[range] = []
         crossings, logits_row, predicted_at = [], [0] * sum(lengths), []
         for prompt, rows in rows_of.items():
             own = range(prompt_starts[prompt], prompt_starts[prompt + 1])
             if len(rows) == 1:  # nothing is shared: the prompt and its only completion are one run
                 runs.append([own, range(row_starts[rows[0]], row_starts[rows[0] + 1])])
             else:
-                runs.append([own])
+                shared.append(own)
                 runs += [[range(row_starts[row], row_starts[row + 1])] for row in rows]
                 crossings += [
                     Crossing(slice(row_starts[a], row_starts[b + 1]), slice(own.start, own.stop))
@@ -110,8 +121,8 @@ class PackedBatch:
         return cls(
             ids=torch.cat([batch.prompt_ids[prompt_mask], batch.completion_ids[batch.completion_mask]]),
             positions=torch.tensor(positions, device=device),
-            segments=tuple(_tables(runs, device)),
-            crossings=tuple(crossings),
+            layout=Layout(tuple(_tables([*runs, *([own] for own in shared)], device)), tuple(crossings), is_full=True),
+            last=_ends_only(runs, shared, crossings, device),
             predicted_at=torch.tensor(predicted_at, device=device),
             logits_row=torch.tensor(logits_row, device=device),
             longest=max((prompts[p] + n for p, n in zip(of_prompt, lengths, strict=True)), default=0),
@@ -122,12 +133,12 @@ def packed_prompts(prompts: Sequence[Sequence[int]], device: torch.device) -> Pa
     """Prompts alone, one after the other; the logits that are needed are those of their ends."""
     lengths = [len(prompt) for prompt in prompts]
     starts = _starts(lengths)
-    runs = [[range(start, stop)] for start, stop in pairwise(starts)]
+    runs = [range(start, stop) for start, stop in pairwise(starts)]
     return PackedBatch(
         ids=torch.tensor([token for prompt in prompts for token in prompt], device=device),
         positions=torch.tensor(_ramps([0] * len(prompts), lengths), device=device),
-        segments=tuple(_tables(runs, device)),
-        crossings=(),
+        layout=Layout(tuple(_tables([[run] for run in runs], device)), (), is_full=True),
+        last=_ends_only([], runs, [], device),
         predicted_at=torch.tensor([stop - 1 for stop in starts[1:]], device=device),
         logits_row=torch.arange(len(prompts), device=device),
         longest=max(lengths),
@@ -138,6 +149,15 @@ def spread(values: Float[Tensor, "K"], batch: Batch) -> Float[Tensor, "N T"]:
     """Values of completion tokens back in rows and columns, 0 where there is no token."""
     empty = values.new_zeros(batch.completion_mask.shape)
     return empty.masked_scatter(batch.completion_mask, values)
+
+
+def _ends_only(
+    runs: Sequence[Sequence[range]], prompts: Sequence[range], crossings: Sequence[Crossing], device: torch.device
+) -> Layout:
+    """The layout in which of some prompts only the last token looks: at itself, and at the others as a completion does."""
+    ends = [Crossing(slice(own.stop - 1, own.stop), slice(own.start, own.stop - 1)) for own in prompts if len(own) > 1]
+    tables = _tables([*runs, *([own[-1:]] for own in prompts)], device)
+    return Layout(tuple(tables), (*crossings, *ends), is_full=False)
 
 
 def _starts(lengths: Sequence[int]) -> list[int]:

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from grpo_lab.attention.layout import Crossing, PackedBatch, Segments
+from grpo_lab.attention.layout import Crossing, Layout, PackedBatch, Segments
 
 flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -39,23 +39,32 @@ class PackedAttention:
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *, scaling: float
     ) -> Float[Tensor, "1 L H D"]:
         """The attention of one layer; query [1, H, L, D], key and value [1, H or fewer, L, D]."""
+        return self._attend(query, key, value, self.packed.layout, scaling)
+
+    def attend_last(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *, scaling: float
+    ) -> Float[Tensor, "1 L H D"]:
+        """The attention of the last layer: right where logits are needed, finite elsewhere."""
+        return self._attend(query, key, value, self.packed.last, scaling)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, layout: Layout, scaling: float) -> Tensor:
         self.num_calls += 1
         q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # [L, H, D]
-        return _PackedFunction.apply(q, k, v, self.packed, scaling)[None]
+        return _PackedFunction.apply(q, k, v, layout, scaling)[None]  # type: ignore[no-any-return]
 
 
 class _PackedFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, packed: PackedBatch, scaling: float) -> Tensor:
-        out = q.new_empty(q.shape)
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, layout: Layout, scaling: float) -> Tensor:
+        out = q.new_empty(q.shape) if layout.is_full else q.new_zeros(q.shape)
         lse = q.new_empty(q.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32))
         heads = q.shape[1]
-        for segments in packed.segments:
+        for segments in layout.segments:
             tables = [_table(tensor, segments, heads) for tensor in (q, k, v)]
             part, part_lse = flash(*tables, 0.0, True, scale=scaling)
             _put(out, part, segments)
             _put(lse, part_lse, segments)
-        for crossing in packed.crossings:
+        for crossing in layout.crossings:
             rows = crossing.rows
             part, part_lse = flash(*_crossed(q, k, v, crossing), scale=scaling)
             part_lse = part_lse[0].T  # [rows, H]
@@ -64,21 +73,22 @@ class _PackedFunction(torch.autograd.Function):
             out[rows] += part[0].transpose(0, 1) * (part_lse - joined).exp()[..., None]
             lse[rows] = joined
         ctx.save_for_backward(q, k, v, out, lse)
-        ctx.packed, ctx.scaling = packed, scaling
+        ctx.layout, ctx.scaling = layout, scaling
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
-        grads = [torch.empty_like(tensor) for tensor in (q, k, v)]
+        empty = torch.empty_like if ctx.layout.is_full else torch.zeros_like
+        grads = [empty(tensor) for tensor in (q, k, v)]
         heads = q.shape[1]
-        for segments in ctx.packed.segments:  # every token is in one segment, so these fill all places
+        for segments in ctx.layout.segments:  # if every token is in one segment, these fill all places
             g, tq, tk, tv, o = (_table(tensor, segments, heads) for tensor in (grad, q, k, v, out))
             table_lse = _table(lse, segments, heads).masked_fill_(segments.filling[:, None], _NO_PART)
             parts = flash_backward(g, tq, tk, tv, o, table_lse, 0.0, True, scale=ctx.scaling)
             for whole, part in zip(grads, parts, strict=True):
                 _put(whole, _fewer_heads(part, whole.shape[1]), segments)
-        for crossing in ctx.packed.crossings:
+        for crossing in ctx.layout.crossings:
             rows, prompt = crossing.rows, crossing.prompt
             tables = _crossed(q, k, v, crossing)
             parts = flash_backward(

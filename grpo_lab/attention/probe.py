@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from grpo_lab.attention.fused import fuse, unfuse
-from grpo_lab.attention.interface import NAME, NotPackableError, packed_arguments
+from grpo_lab.attention.interface import NAME, NotPackableError
+from grpo_lab.attention.last_layer import cut, predicted_states
 from grpo_lab.attention.layout import PackedBatch
 from grpo_lab.attention.packed import PackedAttention
 from grpo_lab.padding import length_mask, pad_left, pad_right
@@ -81,11 +82,11 @@ def _compared(model: nn.Module, base: Any) -> str | None:
         theirs = torch.cat([_plain_logits(model, batch, row) for row in range(batch.num_rows)]).float()
         if base.dtype == torch.float32:
             fuse(base)
+        decoder, head = parts(model)
+        cut(decoder)
         packed = PackedBatch.of(batch)
         attending = PackedAttention(packed)
-        decoder, head = parts(model)
-        hidden = decoder(**packed_arguments(packed.ids[None], packed.positions[None], attending)).last_hidden_state[0]
-        ours = head(hidden[packed.predicted_at])[packed.logits_row].float()
+        ours = head(predicted_states(decoder, attending))[packed.logits_row].float()
         error, size = float((ours - theirs).abs().max()), float(theirs.abs().max())
         if attending.num_calls == 0:
             return f"{base.config.model_type} computes attention by itself"

@@ -10,7 +10,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from grpo_lab.algorithm.linear_logps import LOGITS_HELD, linear_logps
 from grpo_lab.algorithm.logps import entropy, selected_logps
-from grpo_lab.attention.interface import NotPackableError, packed_arguments
+from grpo_lab.attention.interface import NotPackableError
+from grpo_lab.attention.last_layer import predicted_states
 from grpo_lab.attention.layout import PackedBatch, spread
 from grpo_lab.attention.packed import PackedAttention
 from grpo_lab.attention.probe import parts, why_plain
@@ -100,10 +101,8 @@ def packed_forward(model: nn.Module, batch: Batch, *, temperature: float) -> Log
         raise NotPackableError(reason)
     packed = PackedBatch.of(batch)
     decoder, head = parts(model)
-    arguments = packed_arguments(packed.ids[None], packed.positions[None], PackedAttention(packed))
-    hidden = decoder(**arguments).last_hidden_state[0]
     out = linear_logps(
-        hidden.index_select(0, packed.predicted_at),
+        predicted_states(decoder, PackedAttention(packed)),
         head.weight,
         head.bias,
         batch.completion_ids[batch.completion_mask],

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from grpo_lab.attention.decoding import DecodingAttention, Prefill, PromptTable
 from grpo_lab.attention.interface import packed_arguments
+from grpo_lab.attention.last_layer import predicted_states
 from grpo_lab.attention.layout import packed_prompts
 from grpo_lab.attention.probe import parts
 from grpo_lab.sampling.decoding import Decoding, draw
@@ -68,10 +69,8 @@ class SharedPromptDecoder:
         if new:
             packed = packed_prompts([self.prompts[prompt] for prompt in new], self.noise.device)
             prefill = Prefill(packed, longest=self.longest)
-            arguments = packed_arguments(packed.ids[None], packed.positions[None], prefill)
-            hidden = self.decoder(**arguments).last_hidden_state[0]
+            self.ends |= dict(zip(new, self.head(predicted_states(self.decoder, prefill)), strict=True))
             self.caches |= dict(zip(new, prefill.of_prompts(), strict=True))
-            self.ends |= dict(zip(new, self.head(hidden[packed.predicted_at]), strict=True))
         self._write(rows, torch.stack([self.ends[self.rows[row].prompt] for row in rows]))
         ended = self._forget([row for row in rows if self._ended(row)])
         self.slots += [row for row in rows if row not in ended]

@@ -75,7 +75,7 @@ def test_a_model_that_samples_before_it_learns_is_fused_all_the_same(make_policy
     model = make_policy().model.eval()
     with torch.inference_mode():
         assert why_plain(model) is None
-    assert fused(model) == {"LlamaRMSNorm", "LlamaAttention", "LlamaMLP"}
+    assert fused(model) == {"LlamaRMSNorm", "LlamaAttention", "LlamaMLP", "LlamaDecoderLayer"}
 
 
 def test_a_copy_of_a_fused_model_computes_with_its_own_weights(make_policy):
@@ -120,7 +120,7 @@ def test_a_norm_that_adds_one_to_its_weight_keeps_its_own_way():
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_models_of_another_type_keep_their_layers(make_policy, dtype):
+def test_models_of_another_type_keep_what_their_layers_compute(make_policy, dtype):
     model = make_policy().model.to(dtype)
     assert why_plain(model) is None
-    assert fused(model) == set()
+    assert fused(model) == {"LlamaDecoderLayer"}  # the last one leaves work out, which rounds nothing

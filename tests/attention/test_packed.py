@@ -144,19 +144,28 @@ def test_the_probe_leaves_every_module_in_its_mode_and_draws_nothing(make_policy
 
 
 def test_each_token_is_computed_once_and_each_needed_logit_once(make_policy):
-    """Counted, not timed: prompts once, real tokens once; one row of logits for all first tokens of a group."""
+    """Counted, not timed: prompts once, real tokens once; one row of logits for all first tokens of a group.
+
+    The last layer's MLP sees the places whose logits are needed, and the plain pass all of them.
+    """
     policy = make_policy()
     batch = batch_of(policy)
     completion_logps = PolicyForward(policy.model, temperature=1.0)
     completion_logps(batch)
     seen = []
     decoder, head = parts(policy.model)
-    decoder.layers[0].mlp.register_forward_hook(lambda _module, inputs, _out: seen.append(inputs[0].shape[:-1].numel()))
-    completion_logps(batch)
+    for layer in decoder.layers:
+        layer.mlp.register_forward_hook(lambda _module, inputs, _out: seen.append(inputs[0].shape[:-1].numel()))
+    packed = completion_logps(batch)
     prompt_tokens = sum(len(prompt) for prompt in PROMPTS[:4])
     completion_tokens = sum(len(completion) for _, completion in ROWS)
-    assert seen == [prompt_tokens + completion_tokens]
     needed = sum(len(completion) - 1 for _, completion in ROWS if completion) + 4
+    assert seen == [prompt_tokens + completion_tokens, needed]
+    seen.clear()
+    plain = plain_forward(policy.model, batch, temperature=1.0)
+    assert seen == [batch.num_rows * (batch.prompt_ids.shape[1] + batch.completion_ids.shape[1])] * 2
+    mask = batch.completion_mask
+    torch.testing.assert_close(packed.logps[mask], plain.logps[mask], atol=1e-5, rtol=1e-5)
     assert len(PackedBatch.of(batch).predicted_at) == needed
     assert type(head) is torch.nn.Linear
 
@@ -166,11 +175,11 @@ def test_the_work_of_attention_does_not_grow_with_padding_or_with_prompts_that_a
     policy = make_policy()
     rows = [(0, (50,) * length) for length in (40, 39, 6, 5, 5, 4, 3, 3)]
     packed = PackedBatch.of(batch_of(policy, rows))
-    tokens = sum(len(segments.tokens) for segments in packed.segments)
+    tokens = sum(len(segments.tokens) for segments in packed.layout.segments)
     assert tokens == len(PROMPTS[0]) + 105
-    padded = sum(len(segments.table) for segments in packed.segments)
+    padded = sum(len(segments.table) for segments in packed.layout.segments)
     assert padded <= 1.25 * tokens
-    (crossing,) = packed.crossings  # all completions against the one prompt, which is not copied
+    (crossing,) = packed.layout.crossings  # all completions against the one prompt, which is not copied
     assert (crossing.prompt.stop - crossing.prompt.start, crossing.rows.stop - crossing.rows.start) == (7, 105)
 
 
