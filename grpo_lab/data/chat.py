@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
@@ -13,6 +14,8 @@ from grpo_lab.types import Message
 
 ROLES = ("system", "user", "assistant", "tool")
 _PROBE = "fjord"
+MOST_KNOWN = 2**14  # prompts of one tokenizer that are remembered
+_known: WeakKeyDictionary[PreTrainedTokenizerBase, dict[Any, tuple[str, tuple[int, ...]]]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -95,6 +98,18 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...
             "correct the template"
         )
     return ids
+
+
+def prompt_and_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> tuple[str, tuple[int, ...]]:
+    """`render_prompt` and its tokens. Remembered: all rows are looked at before a run starts, and stages share prompts."""
+    known = _known.setdefault(tokenizer, {})
+    key = (tokenizer.chat_template, *(tuple(message.items()) for message in messages))
+    if key not in known:
+        if len(known) == MOST_KNOWN:
+            known.clear()
+        text = render_prompt(tokenizer, messages)
+        known[key] = text, encode_chat(tokenizer, text)
+    return known[key]
 
 
 def encode_plain(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:

@@ -12,7 +12,7 @@ from grpo_lab.data.chat import (
     encode_chat,
     encode_plain,
     prefills_thinking,
-    render_prompt,
+    prompt_and_ids,
     render_turns,
     token_ids,
     turn_end,
@@ -68,8 +68,7 @@ def prompt_examples(data: Data, rows: Rows, tokenizer: PreTrainedTokenizerBase) 
         columns = row if data.answer is None else {**row, "answer": answer_field(row, data.answer)}
         if data.chat:
             messages = _prompt_messages(row, data)
-            prompt = render_prompt(tokenizer, messages)
-            return Example(rows.id(index), prompt, encode_chat(tokenizer, prompt), columns, messages)
+            return Example(rows.id(index), *prompt_and_ids(tokenizer, messages), columns, messages)
         prompt = text_field(row, _spec(data.prompt), "data.prompt")
         return Example(rows.id(index), prompt, encode_plain(tokenizer, prompt), columns)
 
@@ -222,7 +221,7 @@ class _Writer:
             return [((*bos, *ids), (*[1.0] * len(bos), *weights))]
         completion = text_field(row, _spec(data.completion), "data.completion")
         if data.chat:
-            prompt = encode_chat(tokenizer, render_prompt(tokenizer, _prompt_messages(row, data)))
+            _, prompt = prompt_and_ids(tokenizer, _prompt_messages(row, data))
         else:
             prompt = encode_plain(tokenizer, text_field(row, _spec(data.prompt), "data.prompt"))
         if self.prefilled and completion.lstrip().startswith("<think>"):

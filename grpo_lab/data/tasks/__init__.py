@@ -6,6 +6,8 @@ A task file defines `Options`, a pydantic Block with a documented default for ev
 
 import importlib
 import pkgutil
+from collections.abc import Sequence
+from functools import lru_cache
 from types import ModuleType
 from typing import Any
 
@@ -29,11 +31,16 @@ def task_rows(name: str, *, split: str, options: dict[str, Any]) -> list[dict[st
         raise RecipeError(f'data.path: unknown task "{name}"{did_you_mean(name, TASKS)}')
     task = TASKS[name]
     try:
-        chosen = task.Options.model_validate(options)
+        return list(_rows(name, split, task.Options.model_validate(options).model_dump_json()))
     except ValidationError as error:
         known = list(task.Options.model_fields)
         raise RecipeError([_problem(item, known) for item in error.errors()]) from None
-    return task.rows(split, chosen)
+
+
+@lru_cache(maxsize=4)  # a recipe's stages often share their data
+def _rows(name: str, split: str, options: str) -> Sequence[dict[str, Any]]:
+    task = TASKS[name]
+    return task.rows(split, task.Options.model_validate_json(options))  # type: ignore[no-any-return]
 
 
 def _problem(item: Any, known: list[str]) -> str:
