@@ -78,14 +78,19 @@ def base_is_local(recipe: Recipe) -> bool:
 
 def check_processes(recipe: Recipe, num_processes: int, found: Problems) -> None:
     """What several processes, or weights in pieces, cannot do."""
-    in_pieces = recipe.distributed.strategy == "fsdp2"
+    strategy = recipe.distributed.strategy
+    in_pieces = strategy != "ddp"
     for name, stage in recipe.stages.items():
         model = recipe.model_of(stage)
         if in_pieces and (model.lora is not None or model.quantization is not None):
-            message = f"fsdp2 is for stages in which all weights learn, and {name} learns an adapter; ddp is for those"
+            message = (
+                f"{strategy} is for stages in which all weights learn, and {name} learns an adapter; ddp is for those"
+            )
             found.add(("distributed", "strategy"), message)
         if in_pieces and "8bit" in stage.optimizer.name:
-            message = f"{stage.optimizer.name} cannot keep its state in pieces (distributed.strategy: fsdp2); set adamw"
+            message = (
+                f"{stage.optimizer.name} cannot keep its state in pieces (distributed.strategy: {strategy}); set adamw"
+            )
             found.add(("stages", name, "optimizer", "name"), message)
         if stage.engine == "trl" and (in_pieces or num_processes > 1):
             message = (

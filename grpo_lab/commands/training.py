@@ -39,7 +39,7 @@ def train(loaded: LoadedRecipe, recipe: str, *, go_on: bool, as_json: bool, quie
     quiet_libraries()
     console = QuietPipeConsole(stderr=True)
     text = find_recipe(recipe).read_text(encoding="utf-8")
-    with joined() as ranks:
+    with joined(loaded.recipe.distributed.strategy) as ranks:
         run = train_recipe(loaded, text, go_on=go_on, console=console, quiet=quiet, ranks=ranks)
         if ranks.is_first:
             output(summarise(run), as_json=as_json, quiet=quiet)

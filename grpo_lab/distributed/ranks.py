@@ -17,14 +17,6 @@ T = TypeVar("T")
 PATIENCE = timedelta(days=1)  # one process may sample or score for long; one that ends closes its connections at once
 LARGEST_BUCKET = 2**25  # elements that are added up over processes in one message
 
-# What `accelerate launch` sets for settings of its own that would change a run behind the recipe's back.
-REFUSED = {
-    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed steps, clips and skips by itself, so the promises about steps would not hold (and "
-    "on a CPU accelerate leaves it out without a word); set distributed: {strategy: fsdp2} in the recipe instead",
-    "ACCELERATE_USE_FSDP": "accelerate's own FSDP (which it leaves out on a CPU without a word) is not used; "
-    "set distributed: {strategy: fsdp2} in the recipe instead",
-}
-
 
 @dataclass(frozen=True)
 class Ranks:
@@ -108,17 +100,13 @@ def buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
 
 
 @contextmanager
-def joined() -> Iterator[Ranks]:
+def joined(strategy: str = "ddp") -> Iterator[Ranks]:
     """This process's place among those that torchrun, `accelerate launch` or `--nproc` started; alone without them.
 
     When one process fails all end, with its exit code, and only the first to fail says why: in the others the error that
     follows from it (a closed connection, or the same mistake found again) becomes a SystemExit.
     """
-    for name, reason in REFUSED.items():
-        if os.environ.get(name, "").lower() in ("1", "true"):
-            raise SetupError(f"{name} is set: {reason}")
-    if os.environ.get("ACCELERATE_MIXED_PRECISION", "no") != "no":
-        raise SetupError("accelerate's mixed_precision would not reach the model; set model.dtype in the recipe")
+    _refuse_settings(strategy)
     ranks = _join()
     try:
         yield ranks
@@ -138,6 +126,36 @@ def joined() -> Iterator[Ranks]:
     finally:
         if ranks.world > 1:
             distributed.destroy_process_group()
+
+
+def _refuse_settings(strategy: str) -> None:
+    """What `accelerate launch` sets of its own would change a run behind the recipe's back."""
+
+    def is_set(name: str) -> bool:
+        return os.environ.get(name, "").lower() in ("1", "true")
+
+    if is_set("ACCELERATE_USE_FSDP"):
+        raise SetupError(
+            "ACCELERATE_USE_FSDP is set: accelerate's own FSDP (which it leaves out on a CPU without a word) is not used; "
+            "set distributed: {strategy: fsdp2} in the recipe instead"
+        )
+    if os.environ.get("ACCELERATE_MIXED_PRECISION", "no") != "no":
+        raise SetupError("accelerate's mixed_precision would not reach the model; set model.dtype in the recipe")
+    if is_set("ACCELERATE_USE_DEEPSPEED") != (strategy == "deepspeed"):
+        if strategy != "deepspeed":
+            raise SetupError(
+                "ACCELERATE_USE_DEEPSPEED is set; the recipe must say so, too: distributed: {strategy: deepspeed}"
+            )
+        raise SetupError(
+            "distributed.strategy: deepspeed takes its settings from accelerate; choose DeepSpeed in `accelerate config` and "
+            "start with `accelerate launch -m grpo_lab train ...`"
+        )
+    if is_set("ACCELERATE_DEEPSPEED_ZERO3_INIT"):
+        raise SetupError("accelerate's zero3_init_flag would tear apart the whole model that samples; set it to false")
+    if strategy == "deepspeed":
+        os.environ["ACCELERATE_DEEPSPEED_ZERO3_INIT"] = "false"  # not set, it is true where the stage is 3
+    if strategy == "deepspeed" and int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        raise SetupError("distributed.strategy: deepspeed shares weights over processes, and there is only one")
 
 
 def _join() -> Ranks:

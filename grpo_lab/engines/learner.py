@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from grpo_lab.distributed.dealing import own_rows
 from grpo_lab.distributed.ranks import ALONE, Ranks
+from grpo_lab.engines.weights import Strategy, hold
 from grpo_lab.errors import NumericError, SetupError
 from grpo_lab.recipe.schema import Optimizer
 from grpo_lab.types import Batch, LogpsAndEntropy
@@ -38,23 +39,6 @@ def learning_rate(settings: Optimizer, index: int, total: int) -> float:
     return settings.learning_rate * factor
 
 
-def make_optimizer(model: nn.Module, settings: Optimizer) -> torch.optim.Optimizer:
-    """The optimiser over trainable parameters; weight decay only on matrices, not on norms and biases."""
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": settings.weight_decay},
-        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
-    if settings.name == "sgd":
-        return torch.optim.SGD(groups, lr=settings.learning_rate, momentum=settings.momentum)
-    if settings.name != "adamw":
-        from grpo_lab.policy.quantization import adamw_8bit  # needs bitsandbytes
-
-        return adamw_8bit(groups, settings)
-    return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=settings.betas, eps=settings.epsilon, fused=True)
-
-
 @dataclass
 class StepSums:
     """What one optimiser step saw: sums over its rows, and whether the weights moved."""
@@ -77,8 +61,8 @@ class Learner:
     `forward` is a PolicyForward: a module from a batch to log-probs that also says where to cut a batch.
 
     With several processes each finds the gradient of its own groups, and the gradients are added up. Loss weights come
-    from the whole step, so the sum is what one process would find. With `sharded` the trained weights lie in pieces over
-    the processes (sharding.py), and the model of `forward` gets them whole after every step.
+    from the whole step, so the sum is what one process would find. `strategy` says how the weights that learn are held
+    (weights.py); where they lie in pieces, the model of `forward` gets them whole after every step.
     """
 
     def __init__(
@@ -89,26 +73,14 @@ class Learner:
         total_steps: int,
         micro_batch_size: int | None,
         ranks: Ranks = ALONE,
-        sharded: bool = False,
+        strategy: Strategy = "ddp",
     ) -> None:
-        from accelerate import Accelerator  # a second of import, needed only to train
-
-        self.accelerator = Accelerator(cpu=not torch.cuda.is_available())
         self.settings = settings
         self.total_steps = total_steps
         self.micro_batch_size = micro_batch_size
         self.ranks = ranks
-        self.shards: Any = None
-        if sharded:
-            from grpo_lab.engines.sharding import Shards
-
-            self.shards = Shards(forward, ranks)
-            forward = self.shards.forward
-        self.forward = forward
         self.micro_batches: Any = forward.micro_batches
-        # the model is not prepared: accelerate would average gradients in every backward pass, ours are added up once
-        self.optimizer = self.accelerator.prepare(make_optimizer(forward, settings))
-        self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self.weights = hold(forward, settings, ranks, strategy)
         self.steps_done = 0
         self.skipped_in_a_row = 0
         self.halved_to: int | None = None  # rows at once since memory last fell short
@@ -120,38 +92,33 @@ class Learner:
         row is an error.
         """
         out = StepSums(learning_rate=learning_rate(self.settings, self.steps_done, self.total_steps))
-        for group in self.optimizer.param_groups:
-            group["lr"] = out.learning_rate
-        self.optimizer.zero_grad()
+        self.weights.begin(batch, out.learning_rate)
         out.loss, out.sums = self._gradient(batch, loss)
-        out.grad_norm = self._clip()
+        out.grad_norm = self.weights.clipped()
         out.skipped = not (math.isfinite(out.loss) and math.isfinite(out.grad_norm))
-        if not out.skipped and out.grad_norm > 0:  # a step without signal makes no update: momentum alone may not move
-            self.optimizer.step()
-            if self.shards is not None:
-                self.shards.weights_to_whole()
+        # a step without signal makes no update: momentum alone may not move
+        self.weights.step(moves=not out.skipped and out.grad_norm > 0)
         self._count(out)
         return out
 
+    @property
+    def forward(self) -> Any:
+        """The forward pass that learns; of weights in pieces, that of their copy."""
+        return self.weights.forward
+
+    @property
+    def optimizer(self) -> Any:
+        """The optimiser, as accelerate has prepared it."""
+        return self.weights.optimizer
+
     def optimizer_state(self) -> dict[str, Any]:
         """The optimiser's state, whole; of weights in pieces only the first process gets it."""
-        state: dict[str, Any] = self.optimizer.state_dict()
-        return state if self.shards is None else self.shards.whole_state(state)
+        return self.weights.state()
 
     def resume(self, optimizer_state: dict[str, Any], *, steps_done: int, skipped_in_a_row: int) -> None:
         """Go on with this state, and with the weights that the model of `forward` now has."""
-        if self.shards is not None:
-            from grpo_lab.engines.sharding import sharded_state
-
-            self.shards.weights_from_whole()
-            optimizer_state = sharded_state(optimizer_state, self.parameters)
-        self.optimizer.load_state_dict(optimizer_state)
+        self.weights.load(optimizer_state)
         self.steps_done, self.skipped_in_a_row = steps_done, skipped_in_a_row
-
-    def _clip(self) -> float:
-        """Clip the gradient's norm; returns what it was."""
-        norm = nn.utils.clip_grad_norm_(self.parameters, self.settings.max_grad_norm or math.inf, foreach=None)
-        return float(norm if self.shards is None else norm.full_tensor())  # type: ignore[operator]
 
     def _gradient(self, batch: Batch, loss: Loss) -> tuple[float, dict[str, float]]:
         """Add up the gradient of the whole batch over all processes; the loss and its sums."""
@@ -164,8 +131,7 @@ class Learner:
                 sums[name] = sums.get(name, 0.0) + value
             if halved_to is not None:
                 self.micro_batch_size = self.halved_to = min(halved_to, self.halved_to or halved_to)
-        if self.shards is None:
-            add_gradients(self.parameters, self.ranks)
+        self.weights.add_up()
         return total, sums
 
     def _own_gradient(self, own: Batch | None, loss: Loss, batch: Batch) -> tuple[float, dict[str, float]]:
@@ -185,7 +151,7 @@ class Learner:
                 if not is_out_of_memory(error):
                     raise
                 largest = max((stop - start for start, stop in parts), default=1)
-                if largest == 1 or self.shards is not None:
+                if largest == 1 or self.weights.in_lockstep:
                     tokens = int(batch.prompt_mask.sum(1).max() + batch.completion_mask.sum(1).max())
                     rows = "a single row" if largest == 1 else f"{largest} rows at once (set micro_batch_size)"
                     raise SetupError(
@@ -193,7 +159,7 @@ class Learner:
                         f"model.gradient_checkpointing: true, or take a smaller model. {error}"
                     ) from error
             assert own is not None
-            self.optimizer.zero_grad()  # what the failed pass has left
+            self.weights.begin(batch, self.optimizer.param_groups[0]["lr"])  # what the failed pass has left goes
             self.micro_batch_size = self.halved_to = (largest + 1) // 2
             parts = self.micro_batches(own, self.micro_batch_size)
 
@@ -201,21 +167,21 @@ class Learner:
         self, own: Batch | None, loss: Loss, parts: Sequence[tuple[int, int]], batch: Batch
     ) -> tuple[float, dict[str, float]]:
         total, sums = 0.0, dict[str, float]()
-        idle = 0 if self.shards is None else max(self.ranks.gather(len(parts))) - len(parts)
-        for start, stop in parts:
+        passes = max(self.ranks.gather(len(parts))) if self.weights.in_lockstep else len(parts)
+        for number, (start, stop) in enumerate(parts, 1):
             assert own is not None
             rows = own.rows(start, stop)
-            share, values = loss(self.forward(rows), rows)
-            self.accelerator.backward(share)
+            share, values = loss(self.weights.passed(rows), rows)
+            self.weights.backward(share, last=number == passes)
             total += float(share.detach())
             for name, value in values.items():
                 sums[name] = sums.get(name, 0.0) + float(value.detach())
-        for _ in range(idle):
-            self.shards.idle_pass(batch)
+        for number in range(len(parts) + 1, passes + 1):  # the others need this process's pieces
+            idle = 0.0 * self.weights.passed(batch.rows(0, 1)).logps.sum()
+            self.weights.backward(idle, last=number == passes)
         return total, sums
 
     def _count(self, out: StepSums) -> None:
-        self.optimizer.zero_grad()
         self.steps_done += 1
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if out.skipped else 0
         if self.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
@@ -224,16 +190,3 @@ class Learner:
                 f"(the last: loss {out.loss}, gradient norm {out.grad_norm}); the weights were left as they were. "
                 "Lower optimizer.learning_rate, or look at the last rollouts."
             )
-
-
-def add_gradients(parameters: Sequence[Tensor], ranks: Ranks) -> None:
-    """Add up every gradient over all processes, in place; what no process has a gradient for stays without."""
-    if ranks.world == 1:
-        return
-    has = torch.tensor([float(parameter.grad is not None) for parameter in parameters])
-    ranks.add([has])
-    used = [parameter for parameter, count in zip(parameters, has.tolist(), strict=True) if count]
-    for parameter in used:
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-    ranks.add([parameter.grad for parameter in used if parameter.grad is not None])

@@ -5,11 +5,12 @@ every optimiser step. So no process waits for another while texts of very unequa
 """
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -17,19 +18,21 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from grpo_lab.attention.probe import why_plain
 from grpo_lab.distributed.ranks import Ranks
+from grpo_lab.engines.weights import accelerator, make_optimizer
 from grpo_lab.policy.forward import PolicyForward
-from grpo_lab.types import Batch
+from grpo_lab.recipe.schema import Optimizer
+from grpo_lab.types import Batch, LogpsAndEntropy
 
 
 class Shards:
-    """The trained copy of a policy's forward pass, in pieces: every layer is put together only while it computes.
+    """The trained copy of a policy's forward pass, in pieces: every layer is put together only while it computes."""
 
-    Every method and every pass through `forward` must be called by all processes together.
-    """
+    in_lockstep = True
 
-    def __init__(self, whole: PolicyForward, ranks: Ranks) -> None:
+    def __init__(self, whole: PolicyForward, settings: Optimizer, ranks: Ranks) -> None:
         self.ranks = ranks
         self.whole = whole.model
+        self.max_grad_norm = settings.max_grad_norm
         self.forward = copy.deepcopy(whole)
         why_plain(self.forward.model)  # tried now: it calls the model from outside of what is wrapped
         mesh = init_device_mesh(next(self.whole.parameters()).device.type, (ranks.world,))
@@ -43,31 +46,59 @@ class Shards:
                 module.set_force_sum_reduction_for_comms(True)  # gloo cannot multiply on the way
         plain = [name for name, parameter in self.forward.named_parameters() if not isinstance(parameter, DTensor)]
         assert not plain, f"FSDP2 left {len(plain)} parameters as they were, the first {plain[0]}"
+        self.accelerator = accelerator()
+        self.optimizer: Any = self.accelerator.prepare(make_optimizer(self.forward, settings))
+        self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
 
-    def idle_pass(self, batch: Batch) -> None:
-        """A pass that adds nothing to the gradient, for a process without rows left: the others need its pieces."""
-        out = self.forward(batch.rows(0, 1))
-        torch.autograd.backward(0.0 * out.logps.sum())
+    def begin(self, batch: Batch, learning_rate: float) -> None:
+        """Begin an optimiser step without gradient."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.optimizer.zero_grad()
+
+    def passed(self, rows: Batch) -> LogpsAndEntropy:
+        """A forward pass, in which all processes need each other's pieces."""
+        return self.forward(rows)  # type: ignore[no-any-return]
+
+    def backward(self, share: Tensor, *, last: bool) -> None:
+        """Add a micro-batch's gradient, of all processes, to this one's pieces."""
+        self.accelerator.backward(share)
+
+    def add_up(self) -> None:
+        """Nothing: every backward pass has."""
+
+    def clipped(self) -> float:
+        """Clip the norm of the whole gradient; what it was."""
+        norm: Any = nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm or math.inf, foreach=None)
+        return float(norm.full_tensor())
+
+    def step(self, *, moves: bool) -> None:
+        """One step of the optimiser; the whole model gets the weights that were learnt."""
+        if moves:
+            self.optimizer.step()
+            self.weights_to_whole()
+        self.optimizer.zero_grad()
+
+    def state(self) -> dict[str, Any]:
+        """The optimiser's state with every tensor whole; only the first process gets it."""
+        state_dict, state = self.optimizer.state_dict(), dict[Any, dict[str, Any]]()
+        for index, entries in state_dict["state"].items():
+            found = {key: whole(item) if isinstance(item, Tensor) else item for key, item in entries.items()}
+            state |= {index: found} if self.ranks.is_first else {}
+        return {"state": state, "param_groups": state_dict["param_groups"]}
+
+    @torch.no_grad()
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on from the whole model's weights, with a whole state."""
+        for mine, theirs in zip(self.whole.parameters(), self.forward.model.parameters(), strict=True):
+            theirs.copy_(pieces(mine, theirs))
+        self.optimizer.load_state_dict(sharded_state(state, self.parameters))
 
     @torch.no_grad()
     def weights_to_whole(self) -> None:
         """Give the whole model the weights that were learnt."""
         for mine, theirs in zip(self.whole.parameters(), self.forward.model.parameters(), strict=True):
             mine.copy_(whole(theirs))
-
-    @torch.no_grad()
-    def weights_from_whole(self) -> None:
-        """Go on from the whole model's weights."""
-        for mine, theirs in zip(self.whole.parameters(), self.forward.model.parameters(), strict=True):
-            theirs.copy_(pieces(mine, theirs))
-
-    def whole_state(self, state_dict: Mapping[str, Any]) -> dict[str, Any]:
-        """An optimiser's state with every tensor whole; only the first process gets it."""
-        state: dict[Any, dict[str, Any]] = {}
-        for index, entries in state_dict["state"].items():
-            found = {key: whole(item) if isinstance(item, Tensor) else item for key, item in entries.items()}
-            state |= {index: found} if self.ranks.is_first else {}
-        return {"state": state, "param_groups": state_dict["param_groups"]}
 
 
 def sharded_state(state_dict: Mapping[str, Any], parameters: Sequence[Tensor]) -> dict[str, Any]:

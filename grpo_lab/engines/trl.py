@@ -20,10 +20,11 @@ constants.HF_HUB_DISABLE_TELEMETRY = True  # the environment variable was read l
 
 from trl import GRPOConfig, GRPOTrainer  # noqa: E402
 
-from grpo_lab.engines.learner import MAX_SKIPPED_IN_A_ROW, learning_rate, make_optimizer  # noqa: E402
+from grpo_lab.engines.learner import MAX_SKIPPED_IN_A_ROW, learning_rate  # noqa: E402
 from grpo_lab.engines.trl_config import arguments, require_trl, sizes  # noqa: E402
 from grpo_lab.engines.trl_rollouts import Rollouts, TrlParts  # noqa: E402
 from grpo_lab.engines.trl_vllm import beside_vllm, own_engine  # noqa: E402
+from grpo_lab.engines.weights import make_optimizer  # noqa: E402
 from grpo_lab.errors import NumericError, SetupError  # noqa: E402
 from grpo_lab.recipe.schema import Model, Optimizer  # noqa: E402
 from grpo_lab.tracking.metrics import step_metrics  # noqa: E402

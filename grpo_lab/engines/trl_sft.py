@@ -17,7 +17,6 @@ from transformers import PrinterCallback, TrainerCallback
 
 from grpo_lab.data.examples import TrainingRow
 from grpo_lab.data.stream import PromptStream
-from grpo_lab.engines.learner import make_optimizer
 from grpo_lab.engines.trl import (  # before trl: it switches telemetry off
     UpdateGuard,
     require_place,
@@ -26,6 +25,7 @@ from grpo_lab.engines.trl import (  # before trl: it switches telemetry off
 )
 from grpo_lab.engines.trl_dataset import LazyRows
 from grpo_lab.engines.trl_sft_config import sft_arguments
+from grpo_lab.engines.weights import make_optimizer
 from grpo_lab.recipe.schema import Model, SftStage
 from grpo_lab.tracking.metrics import sft_metrics
 from grpo_lab.tracking.stopwatch import Stopwatch

@@ -103,7 +103,7 @@ def make_learner(context: Context, stage: GrpoStage, policy: Policy) -> Learner:
         total_steps=stage.steps * stage.algorithm.num_iterations * stage.algorithm.num_minibatches,
         micro_batch_size=stage.micro_batch_size,
         ranks=context.ranks,
-        sharded=context.in_pieces,
+        strategy=context.strategy,
     )
 
 

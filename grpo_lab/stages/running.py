@@ -10,6 +10,7 @@ from typing import Any
 
 from grpo_lab.distributed.ranks import ALONE, Ranks
 from grpo_lab.engines.learner import Learner
+from grpo_lab.engines.weights import Strategy
 from grpo_lab.errors import StopRequested
 from grpo_lab.policy.forward import PolicyForward
 from grpo_lab.policy.load import write_checked
@@ -93,9 +94,9 @@ class Context:
         self.stop.check(f"after step {step} of stage {stage}, saved")
 
     @property
-    def in_pieces(self) -> bool:
-        """Whether the trained weights lie in pieces over the processes."""
-        return self.ranks.world > 1 and self.recipe.distributed.strategy == "fsdp2"
+    def strategy(self) -> Strategy:
+        """How the weights that learn are held; one process holds all."""
+        return self.recipe.distributed.strategy if self.ranks.world > 1 else "ddp"
 
 
 def resume(

@@ -44,7 +44,7 @@ def run_sft(context: Context, plan: SftPlan) -> None:
         total_steps=stage.steps,
         micro_batch_size=stage.micro_batch_size,
         ranks=ranks,
-        sharded=context.in_pieces,
+        strategy=context.strategy,
     )
     best = None if stage.selection is None else Best(stage.selection, policy)
     start = step = resume(context, plan.name, policy, learner, best=best)

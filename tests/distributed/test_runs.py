@@ -243,7 +243,6 @@ def test_what_weights_in_pieces_cannot_do_is_refused(folder, cli):
 @pytest.mark.parametrize(
     "name, value, advice",
     [
-        ("ACCELERATE_USE_DEEPSPEED", "true", "DeepSpeed steps, clips and skips by itself"),
         ("ACCELERATE_USE_FSDP", "true", "set distributed: {strategy: fsdp2}"),
         ("ACCELERATE_MIXED_PRECISION", "bf16", "set model.dtype in the recipe"),
     ],

@@ -19,6 +19,7 @@ from grpo_lab.distributed.ranks import ALONE, Ranks, joined
 from grpo_lab.engines.learner import Learner
 from grpo_lab.engines.sharding import whole
 from grpo_lab.engines.update import GrpoLoss, update
+from grpo_lab.engines.weights import Strategy
 from grpo_lab.errors import SetupError
 from grpo_lab.policy.forward import PolicyForward, frozen_copy, learn_without_dropout
 from grpo_lab.policy.load import load_policy
@@ -121,7 +122,7 @@ def train(
     setting: GrpoStage,
     ranks: Ranks = ALONE,
     *,
-    sharded: bool = False,
+    strategy: Strategy = "ddp",
     steps: int = 3,
     breaking: Callable[[Any, Batch], None] | None = None,
 ) -> Trained:
@@ -136,7 +137,7 @@ def train(
         total_steps=steps * per_step,
         micro_batch_size=setting.micro_batch_size,
         ranks=ranks,
-        sharded=sharded,
+        strategy=strategy,
     )
     found = Trained([], [], [], {}, {}, learner, policy)
 
@@ -209,7 +210,7 @@ def compared(ranks: Ranks, policy: Policy, tokenizer: Any) -> Iterator[tuple[str
     ]:
         alone = train(start, rows, setting)
         for strategy in ("ddp", "fsdp2"):
-            shared = train(start, rows, setting, ranks, sharded=strategy == "fsdp2")
+            shared = train(start, rows, setting, ranks, strategy=strategy)
             yield f"{name}: {strategy}", differences(shared, alone)
             ranks.refuse_differences("policy", fingerprint(shared.policy.model))
 
@@ -219,7 +220,7 @@ def adam(ranks: Ranks, policy: Policy, tokenizer: Any) -> Iterator[tuple[str, An
     setting = stage(optimizer={"learning_rate": 1e-3}, algorithm={"beta": 0.0})
     rollouts = recorded(tokenizer)
     alone = train(policy, rollouts, setting, steps=1)
-    shared = train(policy, rollouts, setting, ranks, sharded=True, steps=1)
+    shared = train(policy, rollouts, setting, ranks, strategy="fsdp2", steps=1)
     if ranks.is_first:
         theirs, mine = alone.optimizer["state"], shared.optimizer["state"]
         yield (
@@ -234,11 +235,11 @@ def adam(ranks: Ranks, policy: Policy, tokenizer: Any) -> Iterator[tuple[str, An
             },
         )
     state = ranks.from_first(lambda: shared.optimizer)
-    again = train(policy, rollouts, setting, ranks, sharded=True, steps=0)
+    again = train(policy, rollouts, setting, ranks, strategy="fsdp2", steps=0)
     again.policy.model.load_state_dict(shared.policy.model.state_dict())
     again.learner.resume(state, steps_done=1, skipped_in_a_row=0)
     taken = again.learner.optimizer_state()
-    again.learner.shards.weights_to_whole()
+    again.learner.weights.weights_to_whole()
     if ranks.is_first:
         yield (
             "resumed",
@@ -263,7 +264,7 @@ def faults(ranks: Ranks, policy: Policy, tokenizer: Any) -> Iterator[tuple[str, 
             out.logps.data.fill_(torch.nan)
 
     for strategy in ("ddp", "fsdp2"):
-        hit = train(policy, rollouts, stage(), ranks, sharded=strategy == "fsdp2", steps=2, breaking=nan)
+        hit = train(policy, rollouts, stage(), ranks, strategy=strategy, steps=2, breaking=nan)
         everyone = ranks.gather((fingerprint(hit.policy.model) == before, hit.learner.skipped_in_a_row))
         yield f"nan: {strategy}", everyone
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from grpo_lab.engines.learner import Learner, learning_rate, make_optimizer
+from grpo_lab.engines.learner import Learner, learning_rate
+from grpo_lab.engines.weights import make_optimizer
 from grpo_lab.errors import NumericError, SetupError
 from grpo_lab.recipe.schema import Optimizer
 from grpo_lab.types import Batch, LogpsAndEntropy

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from grpo_lab.batching import pad_rows
-from grpo_lab.engines.learner import make_optimizer
+from grpo_lab.engines.weights import make_optimizer
 from grpo_lab.errors import CheckpointError, RecipeError
 from grpo_lab.policy.forward import completion_logps, frozen_copy, reference_logps, refresh_reference
 from grpo_lab.policy.load import load_policy, write_policy

@@ -11,7 +11,7 @@ pytest.importorskip("bitsandbytes", reason="4-bit weights need bitsandbytes")
 import bitsandbytes as bnb
 
 from grpo_lab.batching import pad_rows
-from grpo_lab.engines.learner import make_optimizer
+from grpo_lab.engines.weights import make_optimizer
 from grpo_lab.errors import SetupError
 from grpo_lab.policy.forward import PolicyForward, completion_logps, frozen_copy
 from grpo_lab.policy.load import load_policy, write_policy

@@ -51,9 +51,10 @@ class Tracking(Block):
 class Distributed(Block):
     """How several processes share a run (torchrun, accelerate launch, `train --nproc`)."""
 
-    strategy: Literal["ddp", "fsdp2"] = "ddp"
+    strategy: Literal["ddp", "fsdp2", "deepspeed"] = "ddp"
     """ddp: every process holds all weights. fsdp2: gradients, optimiser state and the trained weights lie in pieces over
-    the processes, beside whole weights to sample from; for stages in which all weights learn."""
+    the processes, beside whole weights to sample from; for stages in which all weights learn. deepspeed: the same by
+    DeepSpeed's ZeRO, with the configuration of `accelerate config`."""
 
 
 class Recipe(Block):
