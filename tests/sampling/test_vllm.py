@@ -226,7 +226,8 @@ def run(cli, folder: Path, name: str, processes: int = 1, **settings) -> list[di
             table.write(row)
     info = json.loads((folder / "run" / "run.json").read_text())
     assert info["exact"] is False
-    assert any("vLLM" in reason for reason in info["inexact_because"])
+    because = "engine: trl" if settings.get("engine") == "trl" else "vLLM"
+    assert any(because in reason for reason in info["inexact_because"])
     return steps
 
 
@@ -264,6 +265,33 @@ def test_two_trainer_processes_ask_one_server(cli, served, tmp_path):
     vllm = f"{{urls: ['{url}']}}"
     steps = run(cli, tmp_path, name, processes=2, base=base, backend="vllm-server", vllm=vllm, lora=lora)
     check_steps(steps, tmp_path / "run" / "grpo")
+
+
+def test_three_steps_one_step_off(cli, served, tmp_path):
+    """The server draws for step k + 1 while step k is learnt: from the second step on its policy is one update older."""
+    what, base, url = served
+    lora = "lora: {r: 4, alpha: 8}" if what == "adapter" else "lora: null"
+    name = f"native, server, one step off, {what}, {base.name}"
+    vllm = f"{{urls: ['{url}'], one_step_off: true}}"
+    steps = run(cli, tmp_path, name, base=base, backend="vllm-server", vllm=vllm, lora=lora, limit=9)
+    assert steps[0]["lab/sampler_gap"] < 1e-4
+    assert all(step["lab/sampler_gap"] > 1e-3 for step in steps[1:])  # what an update at this rate changes
+    for step, version in ((1, 0), (2, 0), (3, 1)):
+        rows = (tmp_path / "run" / "grpo" / "rollouts" / f"step-{step:06d}.jsonl").read_text().splitlines()
+        assert {json.loads(row)["policy_version"] for row in rows} == {version}
+
+
+def test_three_steps_against_two_servers(cli, bases, tmp_path):
+    arguments = ["--worker-extension-cls", EXTENSION]
+    with (
+        server(bases["tied"], tmp_path / "one.log", *arguments) as one,
+        server(bases["tied"], tmp_path / "two.log", *arguments) as two,
+    ):
+        name, vllm = "native, two servers, weights, tied", f"{{urls: ['{one}', '{two}']}}"
+        steps = run(cli, tmp_path, name, base=bases["tied"], backend="vllm-server", vllm=vllm, lora="lora: null")
+    check_steps(steps, tmp_path / "run" / "grpo")
+    for log in ("one.log", "two.log"):
+        assert (tmp_path / log).read_text().count("POST /v1/completions") == 6  # two of four groups, in three steps
 
 
 def test_three_steps_of_trl_with_its_own_engine(cli, bases, tmp_path):
