@@ -46,7 +46,7 @@ class ZeroShards:
         self._stage = config.get("zero_optimization", {}).get("stage")
         as_given = copy.deepcopy(
             config
-        )  # accelerate fills in what is left open; the next stage may fill in other things
+        )  # accelerate fills in what is left open; another stage may fill in other things
         dtype = next(self.forward.parameters()).dtype
         configure(config, world=self.ranks.world, dtype=dtype, max_grad_norm=self.settings.max_grad_norm)
         made = make_optimizer(self.forward, self.settings)
@@ -157,6 +157,7 @@ def configure(config: dict[str, Any], *, world: int, dtype: torch.dtype, max_gra
     """
     zero = config.get("zero_optimization", {})
     offload = [zero.get(f"offload_{what}", {}).get("device", "none") for what in ("optimizer", "param")]
+    half = next((name for name in ("fp16", "bf16") if config.get(name, {}).get("enabled") is True), str(dtype))
     refused = {
         "zero_optimization.stage": (
             zero.get("stage") not in (1, 2, 3),
@@ -165,9 +166,10 @@ def configure(config: dict[str, Any], *, world: int, dtype: torch.dtype, max_gra
         "zero_optimization.offload": (offload != ["none", "none"], "it was never tried here; set its devices to none"),
         "optimizer": ("optimizer" in config, _OURS),
         "scheduler": ("scheduler" in config, _OURS),
-        "fp16": (
-            config.get("fp16", {}).get("enabled") is True,
-            "losses are not scaled here; set model.dtype: bfloat16",
+        half: (
+            half != "torch.float32",
+            "only float32 was tried here, and DeepSpeed's own float32 weights would be lost with every resume; set "
+            "model.dtype: float32, or strategy: fsdp2",
         ),
     }
     ours = {
@@ -181,5 +183,4 @@ def configure(config: dict[str, Any], *, world: int, dtype: torch.dtype, max_gra
     for key, (is_refused, reason) in refused.items():
         if is_refused:
             raise SetupError(f"accelerate's DeepSpeed configuration, {key}: {reason}")
-    bf16 = {"enabled": dtype == torch.bfloat16}
-    config.update({**ours, "bf16": bf16, "steps_per_print": 10**9})
+    config.update({**ours, "steps_per_print": 10**9})

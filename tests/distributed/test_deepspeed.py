@@ -183,7 +183,7 @@ GIVEN = {"zero_optimization": {"stage": 2}, "gradient_accumulation_steps": "auto
             "zero_optimization.offload: it was never tried here",
         ),
         ({"optimizer": {"type": "AdamW"}}, "optimizer: the recipe decides it"),
-        ({"fp16": {"enabled": True}}, "fp16: losses are not scaled here; set model.dtype: bfloat16"),
+        ({"fp16": {"enabled": True}}, "fp16: only float32 was tried here"),
         ({"gradient_clipping": 1.0}, "gradient_clipping: here it is 0.5: the recipe decides it; leave it out"),
         ({"gradient_accumulation_steps": 4}, "gradient_accumulation_steps: here it is 1"),
         ({"train_batch_size": 64}, "train_batch_size: here it is 2"),
@@ -196,7 +196,8 @@ def test_what_accelerates_configuration_may_not_decide_is_refused(given, message
 
 
 def test_what_it_leaves_open_is_filled_from_the_recipe():
-    config = {**GIVEN, "gradient_clipping": 0.5}
-    configure(config, world=2, dtype=torch.bfloat16, max_grad_norm=0.5)
+    config = {**GIVEN, "gradient_clipping": 0.5, "bf16": {"enabled": "auto"}}
+    configure(config, world=2, dtype=torch.float32, max_grad_norm=0.5)
     assert (config["train_batch_size"], config["gradient_accumulation_steps"]) == (2, 1)
-    assert config["bf16"] == {"enabled": True}
+    with pytest.raises(SetupError, match=r"torch.bfloat16: only float32 was tried here, .*; set model.dtype: float32"):
+        configure({**GIVEN}, world=2, dtype=torch.bfloat16, max_grad_norm=None)
