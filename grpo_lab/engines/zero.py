@@ -42,7 +42,12 @@ class ZeroShards:
         self.forward = copy.deepcopy(self.whole)
         why_plain(self.forward.model)  # tried now: it calls the model from outside of what is wrapped
         by_accelerate = accelerator(deepspeed=True)
-        config = by_accelerate.state.deepspeed_plugin.deepspeed_config
+        plugin = by_accelerate.state.deepspeed_plugin
+        if plugin is None:
+            raise SetupError(
+                "accelerate leaves DeepSpeed out, as it was told to use the CPU; set use_cpu: false in its configuration"
+            )
+        config = plugin.deepspeed_config
         self._stage = config.get("zero_optimization", {}).get("stage")
         as_given = copy.deepcopy(
             config
