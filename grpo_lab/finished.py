@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from grpo_lab.card import model_card
-from grpo_lab.data.chat import encode_chat, encode_plain, render_prompt
+from grpo_lab.data.chat import encode_plain, prompt_and_ids
 from grpo_lab.errors import CheckpointError, UsageError
 from grpo_lab.policy.load import DTYPES, has_adapter, load_policy, load_tokenizer, logits_gap, write_policy
 from grpo_lab.recipe import Recipe, load_recipe
@@ -134,8 +134,11 @@ def answers(of: Finished, policy: Policy, messages: list[dict[str, str]], *, cou
     if chat and stage.data.system_prompt is not None and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": stage.data.system_prompt}, *messages]
     tokenizer = policy.tokenizer
-    text = render_prompt(tokenizer, messages) if chat else messages[-1]["content"]
-    ids = encode_chat(tokenizer, text) if chat else encode_plain(tokenizer, text)
+    if chat:
+        text, ids = prompt_and_ids(tokenizer, messages)
+    else:
+        text = messages[-1]["content"]
+        ids = encode_plain(tokenizer, text)
     room = policy.context_length - len(ids)
     if room < 1:
         raise UsageError(f"the prompt has {len(ids)} tokens; the model takes {policy.context_length} with its answer")

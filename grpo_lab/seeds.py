@@ -16,3 +16,8 @@ def derive_seed(seed: int, *purpose: int | str) -> int:
     """
     text = "\x1f".join([str(seed), *(f"{type(part).__name__}:{part}" for part in purpose)])
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+
+
+def sampling_seed(run_seed: int, stage: str, step: int) -> int:
+    """What fixes the noise of a step's completions, of those that it asks for first."""
+    return derive_seed(run_seed, stage, "sampling", step)

@@ -18,7 +18,7 @@ from grpo_lab.policy.forward import learn_without_dropout
 from grpo_lab.recipe.schema import GrpoStage
 from grpo_lab.sampling.decoding import Sampler, TellingSampler
 from grpo_lab.scoring import RewardSet, before_step, check_budget, controlled
-from grpo_lab.seeds import derive_seed
+from grpo_lab.seeds import derive_seed, sampling_seed
 from grpo_lab.tracking.metrics import sampling_metrics, step_metrics
 from grpo_lab.tracking.stopwatch import Stopwatch
 from grpo_lab.types import Attempts, Example, Group, Policy, Scores, StepEnd
@@ -68,11 +68,6 @@ def train(parts: Parts, *, start: int, report: Callable[[StepEnd], None]) -> Non
         timing = clock.report(completions=batch.num_rows, tokens=int(batch.completion_mask.sum()))
         metrics = {**step_metrics(groups, scores, stats), **sampling_metrics(attempts)}
         report(StepEnd(parts.name, step + 1, stage.steps, metrics, timing, groups, scores))
-
-
-def sampling_seed(seed: int, stage: str, step: int) -> int:
-    """What fixes the noise of a step's completions, of those that it asks for first."""
-    return derive_seed(seed, stage, "sampling", step)
 
 
 def collect(parts: Parts, step: int, clock: Stopwatch) -> Collected:

@@ -5,12 +5,11 @@ every optimiser step. So no process waits for another while texts of very unequa
 """
 
 import copy
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -18,66 +17,48 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from grpo_lab.attention.probe import why_plain
 from grpo_lab.distributed.ranks import Ranks
-from grpo_lab.engines.weights import accelerator, make_optimizer
+from grpo_lab.engines.weights import TorchWeights
 from grpo_lab.policy.forward import PolicyForward
 from grpo_lab.recipe.schema import Optimizer
-from grpo_lab.types import Batch, LogpsAndEntropy
 
 
-class Shards:
-    """The trained copy of a policy's forward pass, in pieces: every layer is put together only while it computes."""
+class Shards(TorchWeights):
+    """The trained copy of a policy's forward pass, in pieces: every layer is put together only while it computes.
+
+    Each pass needs the pieces of all processes, and each backward pass adds the gradient of all to them.
+    """
 
     in_lockstep = True
 
     def __init__(self, whole: PolicyForward, settings: Optimizer, ranks: Ranks) -> None:
-        self.ranks = ranks
         self.whole = whole.model
-        self.max_grad_norm = settings.max_grad_norm
-        self.forward = copy.deepcopy(whole)
-        why_plain(self.forward.model)  # tried now: it calls the model from outside of what is wrapped
+        forward = copy.deepcopy(whole)
+        why_plain(forward.model)  # tried now: it calls the model from outside of what is wrapped
         mesh = init_device_mesh(next(self.whole.parameters()).device.type, (ranks.world,))
-        for layer in list(self.forward.modules()):
+        for layer in list(forward.modules()):
             if isinstance(layer, GradientCheckpointingLayer):
                 fully_shard(layer, mesh=mesh)
-        fully_shard(self.forward, mesh=mesh)
-        for module in self.forward.modules():
+        fully_shard(forward, mesh=mesh)
+        for module in forward.modules():
             if isinstance(module, FSDPModule):
                 module.set_gradient_divide_factor(1.0)  # added up, not averaged
                 module.set_force_sum_reduction_for_comms(True)  # gloo cannot multiply on the way
-        plain = [name for name, parameter in self.forward.named_parameters() if not isinstance(parameter, DTensor)]
+        plain = [name for name, parameter in forward.named_parameters() if not isinstance(parameter, DTensor)]
         assert not plain, f"FSDP2 left {len(plain)} parameters as they were, the first {plain[0]}"
-        self.accelerator = accelerator()
-        self.optimizer: Any = self.accelerator.prepare(make_optimizer(self.forward, settings))
-        self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-
-    def begin(self, batch: Batch, learning_rate: float) -> None:
-        """Begin an optimiser step without gradient."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
-        self.optimizer.zero_grad()
-
-    def passed(self, rows: Batch) -> LogpsAndEntropy:
-        """A forward pass, in which all processes need each other's pieces."""
-        return self.forward(rows)  # type: ignore[no-any-return]
-
-    def backward(self, share: Tensor, *, last: bool) -> None:
-        """Add a micro-batch's gradient, of all processes, to this one's pieces."""
-        self.accelerator.backward(share)
+        super().__init__(forward, settings, ranks)
 
     def add_up(self) -> None:
         """Nothing: every backward pass has."""
 
     def clipped(self) -> float:
         """Clip the norm of the whole gradient; what it was."""
-        norm: Any = nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm or math.inf, foreach=None)
-        return float(norm.full_tensor())
+        return float(self.clipped_norm().full_tensor())
 
     def step(self, *, moves: bool) -> None:
         """One step of the optimiser; the whole model gets the weights that were learnt."""
+        super().step(moves=moves)
         if moves:
-            self.optimizer.step()
             self.weights_to_whole()
-        self.optimizer.zero_grad()
 
     def state(self) -> dict[str, Any]:
         """The optimiser's state with every tensor whole; only the first process gets it."""

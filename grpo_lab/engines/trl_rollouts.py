@@ -13,7 +13,7 @@ from grpo_lab.errors import RecipeError
 from grpo_lab.recipe.schema import GrpoStage
 from grpo_lab.sampling.decoding import Sampler
 from grpo_lab.scoring import RewardSet, before_step, check_budget, controlled
-from grpo_lab.seeds import derive_seed
+from grpo_lab.seeds import derive_seed, sampling_seed
 from grpo_lab.tracking.stopwatch import Stopwatch
 from grpo_lab.types import Completion, Example, Group, Policy, Scores
 
@@ -73,7 +73,7 @@ class Rollouts:
         self._drawn = parts.sampler.sample(
             self._examples(step),
             num_generations=parts.stage.sampling.num_generations,
-            seed=derive_seed(parts.seed, parts.name, "sampling", step),
+            seed=sampling_seed(parts.seed, parts.name, step),
         )
         model.train()  # TRL tells training from evaluation by this flag, which the sampler has cleared
         rows = [(group.example, completion) for group in self._drawn for completion in group.completions]
@@ -121,7 +121,7 @@ class Rollouts:
         step = position[0] // parts.stage.prompts_per_step
         scores = parts.rewards.score(self.groups, before_step(parts.stage, step))
         check_budget(scores, self.groups, max_failed=parts.stage.max_failed_rewards, folder=parts.folder)
-        seed = derive_seed(derive_seed(parts.seed, parts.name, "sampling", step), "control")  # as the native engine's
+        seed = derive_seed(sampling_seed(parts.seed, parts.name, step), "control")  # as the native engine's
         self.scores = controlled(scores, parts.stage.reward_control, seed=seed)
         self.clock.lap("score")
         return self.scores

@@ -44,7 +44,7 @@ REFUSED: Mapping[str, tuple[Callable[[GrpoStage], bool], str]] = {
         "TRL sends weights over NCCL and not as files; set exchange: null",
     ),
     "sampling.vllm.one_step_off": (
-        lambda stage: stage.sampling.vllm is not None and stage.sampling.vllm.one_step_off,
+        lambda stage: stage.sampling.one_step_off,
         "TRL's GRPOTrainer draws and learns in turn; set one_step_off: false",
     ),
     "algorithm.sampler_correction": (

@@ -49,16 +49,14 @@ class Weights(Protocol):
         """Go on with this state, and with the weights that the policy's model now has."""
 
 
-class WholeWeights:
-    """Every process has all weights, and the gradients are added up once in an optimiser step."""
-
-    in_lockstep = False
+class TorchWeights:
+    """Weights whose gradient torch adds up where they lie, and which torch's optimiser steps."""
 
     def __init__(self, forward: nn.Module, settings: Optimizer, ranks: Ranks) -> None:
         self.forward, self.ranks = forward, ranks
         self.max_grad_norm = settings.max_grad_norm
         self.accelerator = accelerator()
-        # the model is not prepared: accelerate would average gradients in every backward pass, ours are added up once
+        # the model is not prepared: accelerate would average gradients in every backward pass, ours are added up
         self.optimizer: Any = self.accelerator.prepare(make_optimizer(forward, settings))
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
 
@@ -73,16 +71,26 @@ class WholeWeights:
     def backward(self, share: Tensor, *, last: bool) -> None:
         self.accelerator.backward(share)
 
-    def add_up(self) -> None:
-        add_gradients(self.parameters, self.ranks)
-
-    def clipped(self) -> float:
-        return float(nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm or math.inf, foreach=None))
+    def clipped_norm(self) -> Any:
+        """Clip the gradient's norm; what it was, as torch says it of such weights."""
+        return nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm or math.inf, foreach=None)
 
     def step(self, *, moves: bool) -> None:
         if moves:
             self.optimizer.step()
         self.optimizer.zero_grad()
+
+
+class WholeWeights(TorchWeights):
+    """Every process has all weights, and the gradients are added up once in an optimiser step."""
+
+    in_lockstep = False
+
+    def add_up(self) -> None:
+        add_gradients(self.parameters, self.ranks)
+
+    def clipped(self) -> float:
+        return float(self.clipped_norm())
 
     def state(self) -> dict[str, Any]:
         state: dict[str, Any] = self.optimizer.state_dict()

@@ -49,9 +49,8 @@ class ZeroShards:
             )
         config = plugin.deepspeed_config
         self._stage = config.get("zero_optimization", {}).get("stage")
-        as_given = copy.deepcopy(
-            config
-        )  # accelerate fills in what is left open; another stage may fill in other things
+        # accelerate fills in what is left open, and another stage may fill in other things
+        as_given = copy.deepcopy(config)
         dtype = next(self.forward.parameters()).dtype
         configure(config, world=self.ranks.world, dtype=dtype, max_grad_norm=self.settings.max_grad_norm)
         made = make_optimizer(self.forward, self.settings)

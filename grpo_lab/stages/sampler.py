@@ -7,7 +7,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from grpo_lab.engines.native import sampling_seed
 from grpo_lab.errors import StaleWeightsError
 from grpo_lab.policy.load import has_adapter
 from grpo_lab.policy.served import base_network, whole_weights, write_config, write_served
@@ -18,6 +17,7 @@ from grpo_lab.sampling.dealt import FirstSampler
 from grpo_lab.sampling.decoding import Decoding, Sampler
 from grpo_lab.sampling.transfer import INEXACT, Transfer
 from grpo_lab.sampling.vllm_server import VllmServerSampler
+from grpo_lab.seeds import sampling_seed
 from grpo_lab.stages.plan import GrpoPlan
 from grpo_lab.stages.running import Context
 from grpo_lab.tracking.folders import save_folder_atomic
@@ -53,7 +53,7 @@ def stage_sampler(context: Context, plan: GrpoPlan, policy: Policy, *, version: 
     with ExitStack() as ends:
         ends.callback(shutil.rmtree, transfer.folder, ignore_errors=True)
         ends.callback(sampler.close)
-        if settings.vllm.one_step_off:
+        if settings.one_step_off:
             sampler = AheadSampler(sampler, partial(draw_of, plan, context.recipe.seed), step=version)
             ends.callback(sampler.close)
         yield sampler if context.ranks.world == 1 else FirstSampler(sampler, context.ranks)
@@ -92,10 +92,9 @@ def refusing_stale(sampling: Sampling) -> Callback:
     believes to be up to date, its log-probs are not the trainer's. Called after the step is logged and before it is saved.
     One step off, the policy of the step before is right as well, and log-probs differ by what one update changes.
     """
-    one_step_off = sampling.vllm is not None and sampling.vllm.one_step_off
 
     def check(end: StepEnd) -> None:
-        expected = [end.step - 2, end.step - 1] if one_step_off and end.step > 1 else [end.step - 1]
+        expected = [end.step - 2, end.step - 1] if sampling.one_step_off and end.step > 1 else [end.step - 1]
         for group in end.groups:
             if group.policy_version not in (None, *expected):
                 raise StaleWeightsError(

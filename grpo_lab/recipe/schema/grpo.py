@@ -84,8 +84,7 @@ class GrpoStage(StageBase):
                 "sampling.top_p, top_k and min_p change the sampled distribution, so the ratio would be biased; "
                 "turn them off or set algorithm.sampler_correction: truncate"
             )
-        vllm = self.sampling.vllm
-        if vllm is not None and vllm.one_step_off and self.algorithm.sampler_correction == "none":
+        if self.sampling.one_step_off and self.algorithm.sampler_correction == "none":
             problems.append(
                 "sampling.vllm.one_step_off learns from completions of the policy before the last update, so the "
                 "gradient would be biased; set algorithm.sampler_correction: truncate"

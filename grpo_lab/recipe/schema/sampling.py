@@ -81,6 +81,11 @@ class Sampling(Block):
         """Whether the sampler keeps a copy of the policy, which must follow it."""
         return self.backend in OWN_WEIGHTS
 
+    @property
+    def one_step_off(self) -> bool:
+        """Whether completions are drawn by the policy of one update earlier."""
+        return self.vllm is not None and self.vllm.one_step_off
+
     @model_validator(mode="before")
     @classmethod
     def _fill_block_of_backend(cls, values: Any) -> Any:
