@@ -1,6 +1,5 @@
 """The command line. No logic here: each command imports what it needs when it runs, so that `--help` is quick."""
 
-import gc
 import os
 import sys
 import traceback
@@ -9,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from grpo_lab.cli_rewards import Json, Overrides, rewards_app, show
+from grpo_lab.cli_rewards import Json, Overrides, importing, rewards_app, show
 from grpo_lab.errors import GrpoLabError, UsageError
 
 app = typer.Typer(
@@ -46,12 +45,15 @@ def train(
         raise typer.Exit(launch(sys.argv[1:], nproc))
     if together > 1 and nproc not in (1, together):
         raise UsageError(f"--nproc {nproc}: a launcher has started {together} processes already; leave --nproc out")
-    from grpo_lab.commands import training
+    from grpo_lab.commands.recipes import load_with_limit
 
     overrides = [*(overrides or [])]
     overrides += [f"name={name}"] if name is not None else []
     overrides += [f"output_dir={output_dir}"] if output_dir is not None else []
-    loaded = training.load_with_limit(recipe, overrides, max_steps)
+    loaded = load_with_limit(recipe, overrides, max_steps)
+    with importing():
+        from grpo_lab.commands import training
+
     if dry_run:
         training.dry_run(loaded, as_json=as_json)
     else:
@@ -64,7 +66,8 @@ def validate(
     as_json: Json = False,
 ) -> None:
     """Check recipes as `train` would, without training."""
-    from grpo_lab.commands import training
+    with importing():
+        from grpo_lab.commands import training
 
     raise typer.Exit(training.validate(recipes, as_json=as_json))
 
@@ -77,7 +80,8 @@ def estimate(
     as_json: Json = False,
 ) -> None:
     """What a recipe will take of memory, from the model's config alone."""
-    from grpo_lab.commands import estimating
+    with importing():
+        from grpo_lab.commands import estimating
 
     estimating.estimate(recipe, overrides or [], memory=memory, as_json=as_json)
 
@@ -92,7 +96,8 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Measure a model on held-out data: greedy, sampled, pass@k, strict and lenient accuracy."""
-    from grpo_lab.commands import training
+    with importing():
+        from grpo_lab.commands import training
 
     training.evaluate(target, recipe=recipe, stage=stage, samples=samples, limit=limit, as_json=as_json)
 
@@ -105,7 +110,8 @@ def baseline(
     as_json: Json = False,
 ) -> None:
     """What a task's held-out data gives without a model: majority class, no entities, lead-3, copied source, ..."""
-    from grpo_lab.commands import baselines
+    with importing():
+        from grpo_lab.commands import baselines
 
     baselines.baseline(target, overrides or [], stage=stage, as_json=as_json)
 
@@ -136,7 +142,8 @@ def compare(
 ) -> None:
     """Do both engines compute the same (--parity)? Which is faster (--race)? Is the native one itself (--self)? How do
     finished runs differ?"""
-    from grpo_lab.commands import comparing
+    with importing():
+        from grpo_lab.commands import comparing
 
     if race:
         if parity or itself or picture is not None:
@@ -177,7 +184,8 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Write a run's model for others: checked against the run's own logits."""
-    from grpo_lab.commands import results
+    with importing():
+        from grpo_lab.commands import results
 
     results.export(run, to=to, stage=stage, merge=merge, dtype=dtype, gguf=gguf, as_json=as_json)
 
@@ -193,7 +201,8 @@ def sample(
     as_json: Json = False,
 ) -> None:
     """Ask a run's model."""
-    from grpo_lab.commands import results
+    with importing():
+        from grpo_lab.commands import results
 
     results.sample(run, prompt, stage=stage, count=count, both=both, seed=seed, as_json=as_json)
 
@@ -205,7 +214,8 @@ def chat(
     both: Annotated[bool, typer.Option("--compare", help="also the model that the stage began with")] = False,
 ) -> None:
     """Talk to a run's model, line by line; an empty line or Ctrl-D ends it."""
-    from grpo_lab.commands import results
+    with importing():
+        from grpo_lab.commands import results
 
     results.chat(run, stage=stage, both=both)
 
@@ -221,7 +231,8 @@ def push(
     as_json: Json = False,
 ) -> None:
     """Send a run's model with its card to the hub; the token is HF_TOKEN, or the one `hf auth login` stored."""
-    from grpo_lab.commands import publishing
+    with importing():
+        from grpo_lab.commands import publishing
 
     publishing.push(run, repo=repo, stage=stage, merge=merge, public=public, dry_run=dry_run, as_json=as_json)
 
@@ -267,8 +278,6 @@ def main() -> None:
     # between one product and the next, are a tenth of a step
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
-    # importing makes a million objects that stay; looking through them time and again took a sixth of the start
-    gc.set_threshold(50_000)
     try:
         app()
     except GrpoLabError as error:

@@ -191,6 +191,26 @@ def test_help_and_listing_recipes_run_without_anything_heavy(arguments):
     assert python("-c", code).stdout.endswith("\n[]\n")
 
 
+def test_a_wrong_recipe_is_refused_without_anything_heavy(tmp_path):
+    (tmp_path / "wrong.yaml").write_text("name: wrong\nstagse: {}\n", encoding="utf-8")
+    code = (
+        f"import sys, grpo_lab.cli; sys.argv = ['grpo-lab', 'train', {str(tmp_path / 'wrong.yaml')!r}]\n"
+        f"try: grpo_lab.cli.main()\n"
+        f"except SystemExit as end: print(end.code, [name for name in {HEAVY} if name in sys.modules])"
+    )
+    ran = python("-c", code)
+    assert "stagse" in ran.stderr
+    assert ran.stdout == "3 []\n"
+
+
+def test_what_a_command_imported_is_never_searched_for_garbage():
+    code = (
+        "import gc\nfrom grpo_lab.cli_rewards import importing\nwith importing(): assert not gc.isenabled()\n"
+        "print(gc.isenabled(), gc.get_freeze_count() > 10_000)"
+    )
+    assert python("-c", code).stdout == "True True\n"
+
+
 def test_help_answers_at_once():
     """0.3 s is the aim; twice that is let pass. CPU time: a busy machine makes everything late, not only this."""
     seconds = []

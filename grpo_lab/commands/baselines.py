@@ -9,7 +9,7 @@ from rich.table import Table
 from grpo_lab.assemble import assemble
 from grpo_lab.baselines import baselines
 from grpo_lab.bundled import find_recipe
-from grpo_lab.commands.rewards import measured_stage
+from grpo_lab.commands.recipes import measured_stage
 from grpo_lab.commands.showing import print_json, wide_console
 from grpo_lab.compare.gates import new_table
 from grpo_lab.compare.runs import bounds, finished_recipe, held_out

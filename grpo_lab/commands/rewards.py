@@ -16,7 +16,7 @@ from grpo_lab.bundled import find_recipe, shipped_recipes
 from grpo_lab.commands.showing import print_json, wide_console
 from grpo_lab.errors import UsageError
 from grpo_lab.pipeline import quiet_libraries
-from grpo_lab.recipe import Recipe, load
+from grpo_lab.recipe import load
 from grpo_lab.recipe.schema import GrpoStage
 from grpo_lab.scoring import bind, discover
 from grpo_lab.stages.plan import GrpoPlan
@@ -84,15 +84,3 @@ def score_again(
         print_json(found)
     else:
         show_rescored(found, wide_console())
-
-
-def measured_stage(recipe: Recipe, name: str | None) -> str:
-    """The GRPO stage of that name, or the last one, that has held-out data."""
-    names = [
-        key for key, stage in recipe.stages.items() if isinstance(stage, GrpoStage) and stage.evaluation is not None
-    ]
-    chosen = [each for each in names if name in (None, each)]
-    if not chosen:
-        wanted = f"stage {name}" if name is not None else "stage"
-        raise UsageError(f"no GRPO {wanted} with an evaluation block; there are: {', '.join(names) or 'none'}")
-    return chosen[-1]

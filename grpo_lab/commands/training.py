@@ -7,7 +7,7 @@ from rich.console import Console
 
 from grpo_lab.assemble import Plan, assemble
 from grpo_lab.bundled import find_recipe
-from grpo_lab.commands.rewards import measured_stage
+from grpo_lab.commands.recipes import measured_stage
 from grpo_lab.commands.showing import output, print_json, show_metrics, wide_console
 from grpo_lab.distributed.ranks import joined
 from grpo_lab.errors import RecipeError, UsageError
@@ -22,16 +22,6 @@ from grpo_lab.stages.plan import GrpoPlan
 from grpo_lab.summary import summarise
 from grpo_lab.tracking.console import QuietPipeConsole
 from grpo_lab.tracking.run_folder import RESOLVED, RUN, StageFolder
-
-
-def load_with_limit(recipe: str, overrides: Sequence[str], max_steps: int | None) -> LoadedRecipe:
-    """The recipe, with every stage's steps capped at `max_steps`."""
-    path = find_recipe(recipe)
-    loaded = load(path, overrides)
-    if max_steps is None:
-        return loaded
-    caps = [f"stages.{name}.steps={min(stage.steps, max_steps)}" for name, stage in loaded.recipe.stages.items()]
-    return load(path, [*overrides, *caps])
 
 
 def train(loaded: LoadedRecipe, recipe: str, *, go_on: bool, as_json: bool, quiet: bool) -> None:

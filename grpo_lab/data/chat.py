@@ -1,7 +1,7 @@
 """Chat templates: from messages to the exact text and tokens a model sees, and where such a template can fool us."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -14,8 +14,7 @@ from grpo_lab.types import Message
 
 ROLES = ("system", "user", "assistant", "tool")
 _PROBE = "fjord"
-MOST_KNOWN = 2**14  # prompts of one tokenizer that are remembered
-_known: WeakKeyDictionary[PreTrainedTokenizerBase, dict[Any, tuple[str, tuple[int, ...]]]] = WeakKeyDictionary()
+MOST_KNOWN = 2**20  # tokens of one tokenizer's prompts that are remembered, about 40 MB
 
 
 @dataclass(frozen=True)
@@ -24,6 +23,17 @@ class TurnEnd:
 
     id: int
     text: str
+
+
+@dataclass
+class _Known:
+    """Prompts that were written and tokenised, by template and messages."""
+
+    prompts: dict[Any, tuple[str, tuple[int, ...]]] = field(default_factory=dict)
+    num_tokens: int = 0
+
+
+_known: WeakKeyDictionary[PreTrainedTokenizerBase, _Known] = WeakKeyDictionary()
 
 
 def render_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> str:
@@ -102,14 +112,17 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...
 
 def prompt_and_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> tuple[str, tuple[int, ...]]:
     """`render_prompt` and its tokens. Remembered: all rows are looked at before a run starts, and stages share prompts."""
-    known = _known.setdefault(tokenizer, {})
+    known = _known.setdefault(tokenizer, _Known())
     key = (tokenizer.chat_template, *(tuple(message.items()) for message in messages))
-    if key not in known:
-        if len(known) == MOST_KNOWN:
-            known.clear()
+    found = known.prompts.get(key)
+    if found is None:
         text = render_prompt(tokenizer, messages)
-        known[key] = text, encode_chat(tokenizer, text)
-    return known[key]
+        found = text, encode_chat(tokenizer, text)
+        if known.num_tokens > MOST_KNOWN:
+            known = _known[tokenizer] = _Known()
+        known.prompts[key] = found
+        known.num_tokens += len(found[1])
+    return found
 
 
 def encode_plain(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:

@@ -1,6 +1,8 @@
 """A small tokenizer of one's own, for models that are trained from nothing."""
 
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -43,7 +45,8 @@ def build_tokenizer(
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    bpe.train_from_iterator((part for text in texts for part in (text, ROLES)), trainer)
+    with _all_cores():
+        bpe.train_from_iterator((part for text in texts for part in (text, ROLES)), trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe,
         bos_token=chat.begin,
@@ -53,3 +56,17 @@ def build_tokenizer(
         clean_up_tokenization_spaces=False,
         chat_template=chat.text,
     )
+
+
+@contextmanager
+def _all_cores() -> Iterator[None]:
+    """Lets the tokenizers library use its threads, which the command line otherwise forbids: forks do not survive them."""
+    before = os.environ.get("TOKENIZERS_PARALLELISM")
+    os.environ["TOKENIZERS_PARALLELISM"] = "true"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["TOKENIZERS_PARALLELISM"]
+        else:
+            os.environ["TOKENIZERS_PARALLELISM"] = before
