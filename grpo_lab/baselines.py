@@ -7,8 +7,8 @@ from string import Formatter
 from typing import Any
 
 from grpo_lab.corpus_metrics import KINDS, corpus_metrics
-from grpo_lab.data.chat import token_ids
 from grpo_lab.data.tagged import written
+from grpo_lab.data.tokens import token_ids
 from grpo_lab.errors import RecipeError
 from grpo_lab.evaluate import Evaluation, measured
 from grpo_lab.recipe.schema import Data, RewardTerm
@@ -124,4 +124,4 @@ def _measured(plan: GrpoPlan, tokenizer: Any, answer: Answer) -> Evaluation:
 
 
 def _group(example: Example, text: str, tokenizer: Any) -> Group:
-    return Group(example, (Completion(text, tuple(token_ids(tokenizer, text)), finished=True),))
+    return Group(example, (Completion(text, token_ids(tokenizer, text), finished=True),))

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from grpo_lab.card import model_card
-from grpo_lab.data.chat import encode_plain, prompt_and_ids
+from grpo_lab.data.chat import encode_chat, encode_plain, render_prompt
 from grpo_lab.errors import CheckpointError, UsageError
 from grpo_lab.policy.load import DTYPES, has_adapter, load_policy, load_tokenizer, logits_gap, write_policy
 from grpo_lab.recipe import Recipe, load_recipe
@@ -135,7 +135,8 @@ def answers(of: Finished, policy: Policy, messages: list[dict[str, str]], *, cou
         messages = [{"role": "system", "content": stage.data.system_prompt}, *messages]
     tokenizer = policy.tokenizer
     if chat:
-        text, ids = prompt_and_ids(tokenizer, messages)
+        text = render_prompt(tokenizer, messages)
+        ids = encode_chat(tokenizer, text)
     else:
         text = messages[-1]["content"]
         ids = encode_plain(tokenizer, text)

@@ -1,20 +1,19 @@
 """Chat templates: from messages to the exact text and tokens a model sees, and where such a template can fool us."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from grpo_lab.data.templates import templated_as
+from grpo_lab.data.tokens import known, token_ids
 from grpo_lab.errors import RecipeError
 from grpo_lab.types import Message
 
 ROLES = ("system", "user", "assistant", "tool")
 _PROBE = "fjord"
-MOST_KNOWN = 2**20  # tokens of one tokenizer's prompts that are remembered, about 40 MB
 
 
 @dataclass(frozen=True)
@@ -23,17 +22,6 @@ class TurnEnd:
 
     id: int
     text: str
-
-
-@dataclass
-class _Known:
-    """Prompts that were written and tokenised, by template and messages."""
-
-    prompts: dict[Any, tuple[str, tuple[int, ...]]] = field(default_factory=dict)
-    num_tokens: int = 0
-
-
-_known: WeakKeyDictionary[PreTrainedTokenizerBase, _Known] = WeakKeyDictionary()
 
 
 def render_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> str:
@@ -84,23 +72,9 @@ def render_turns(
     return pieces
 
 
-def token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """The tokens of a text, no special ones added.
-
-    As `tokenizer(text, add_special_tokens=False)`, whose own work takes three times as long as the tokenizer's.
-    """
-    if not tokenizer.is_fast:
-        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-    backend = tokenizer.backend_tokenizer
-    if backend.truncation is not None or backend.padding is not None:  # left by whoever used it before
-        backend.no_truncation()
-        backend.no_padding()
-    return list(backend.encode(text, add_special_tokens=False).ids)
-
-
 def encode_chat(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
     """Tokens of templated text. No special tokens are added: the template has written them."""
-    ids = tuple(token_ids(tokenizer, text))
+    ids = token_ids(tokenizer, text)
     bos = tokenizer.bos_token_id
     if bos is not None and ids[:2] == (bos, bos):
         raise RecipeError(
@@ -110,24 +84,18 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...
     return ids
 
 
-def prompt_and_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> tuple[str, tuple[int, ...]]:
-    """`render_prompt` and its tokens. Remembered: all rows are looked at before a run starts, and stages share prompts."""
-    known = _known.setdefault(tokenizer, _Known())
+def known_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> str:
+    """`render_prompt`, remembered."""
+    prompts = known(tokenizer).prompts
     key = (tokenizer.chat_template, *(tuple(message.items()) for message in messages))
-    found = known.prompts.get(key)
-    if found is None:
-        text = render_prompt(tokenizer, messages)
-        found = text, encode_chat(tokenizer, text)
-        if known.num_tokens > MOST_KNOWN:
-            known = _known[tokenizer] = _Known()
-        known.prompts[key] = found
-        known.num_tokens += len(found[1])
-    return found
+    if key not in prompts:
+        prompts[key] = render_prompt(tokenizer, messages)
+    return prompts[key]
 
 
 def encode_plain(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
     """Tokens of plain text to be continued: with the tokenizer's own BOS if it has one, once, and never with EOS."""
-    ids = tuple(token_ids(tokenizer, text))
+    ids = token_ids(tokenizer, text)
     bos = tokenizer.bos_token_id
     adds_bos = bos is not None and tokenizer("")["input_ids"][:1] == [bos]
     return (bos, *ids) if adds_bos and ids[:1] != (bos,) else ids

@@ -1,37 +1,24 @@
 """From rows to what the stages take: prompts to sample from, and tokens to learn."""
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, Literal, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
-from grpo_lab.data.chat import (
-    TurnEnd,
-    encode_chat,
-    encode_plain,
-    prefills_thinking,
-    prompt_and_ids,
-    render_turns,
-    token_ids,
-    turn_end,
-    turn_lead,
-)
+from grpo_lab.data.chat import encode_chat, encode_plain
 from grpo_lab.data.chunks import chunks
-from grpo_lab.data.fields import answer_field, check_columns, messages_field, text_field, with_system
-from grpo_lab.data.key_tokens import key_weights
+from grpo_lab.data.fields import answer_field, check_columns, messages_field, text_field
+from grpo_lab.data.row_texts import Row, Text, Writer, end_token, prompt_messages, prompt_text
 from grpo_lab.data.sources import Rows
 from grpo_lab.data.stream import Mapped, MappedStream, Stream
+from grpo_lab.data.tokens import tokenise
 from grpo_lab.errors import RecipeError
 from grpo_lab.recipe.schema import Data, KeyTokens
-from grpo_lab.types import Example, Message
+from grpo_lab.types import Example
 
 T = TypeVar("T")
-Row = dict[str, Any]
-Piece = tuple[tuple[int, ...], tuple[float, ...]]
-"""A run of tokens with how much each weighs: 0 where it is only read, 1 or the weight of key tokens where it is learnt."""
-
 MAX_PROBLEMS = 10
 MAX_STREAMED = 1000
 
@@ -64,15 +51,14 @@ def prompt_examples(data: Data, rows: Rows, tokenizer: PreTrainedTokenizerBase) 
         raise RecipeError("data.text: plain text has no prompt to sample from; use data.prompt or data.messages")
     _check(data, rows, tokenizer)
 
-    def example(index: int, row: Row) -> Example:
+    def example(index: int, row: Row, texts: list[Text]) -> Example:
         columns = row if data.answer is None else {**row, "answer": answer_field(row, data.answer)}
-        if data.chat:
-            messages = _prompt_messages(row, data)
-            return Example(rows.id(index), *prompt_and_ids(tokenizer, messages), columns, messages)
-        prompt = text_field(row, _spec(data.prompt), "data.prompt")
-        return Example(rows.id(index), prompt, encode_plain(tokenizer, prompt), columns)
+        ((prompt, _),) = texts
+        if not data.chat:
+            return Example(rows.id(index), prompt, encode_plain(tokenizer, prompt), columns)
+        return Example(rows.id(index), prompt, encode_chat(tokenizer, prompt), columns, prompt_messages(row, data))
 
-    return _converted(rows, example)
+    return _converted(rows, tokenizer, lambda row: [(prompt_text(row, data, tokenizer), False)], example)
 
 
 def short_prompts(examples: Mapped[Example], most: int) -> Mapped[Example]:
@@ -114,11 +100,10 @@ def training_rows(
     if data.max_prompt_tokens is not None:
         raise RecipeError("data.max_prompt_tokens: is for prompts to sample from; set max_length, or leave it out")
     _check(data, rows, tokenizer, key_tokens)
-    end = _end_token(data, tokenizer)
-    writer = _Writer(data, tokenizer, end, learn_turns, key_tokens)
+    writer = Writer(data, tokenizer, end_token(data, tokenizer), learn_turns, key_tokens)
 
-    def training_row(index: int, row: Row) -> TrainingRow:
-        pieces = writer.pieces(row)
+    def training_row(index: int, row: Row, texts: list[Text]) -> TrainingRow:
+        pieces = writer.pieces(row, texts)
         ids = tuple(token for run, _ in pieces for token in run)
         weights = tuple(weight for _, own in pieces for weight in own)
         if len(ids) > max_length:
@@ -130,11 +115,11 @@ def training_rows(
         return TrainingRow(ids[:first], ids[first:], learn, None if key_tokens is None else weights[first:])
 
     if data.chunk_length is None:
-        return _converted(rows, training_row)
+        return _converted(rows, tokenizer, writer.texts, training_row)
     if data.chunk_length > max_length:
         raise RecipeError(f"data.chunk_length: {data.chunk_length} tokens are more than max_length {max_length}")
-    texts = _converted(rows, lambda index, row: writer.pieces(row)[0][0])
-    return chunks(texts, data.chunk_length, lambda ids: TrainingRow(ids[:1], ids[1:], (True,) * (len(ids) - 1)))
+    runs = _converted(rows, tokenizer, writer.texts, lambda index, row, texts: writer.pieces(row, texts)[0][0])
+    return chunks(runs, data.chunk_length, lambda ids: TrainingRow(ids[:1], ids[1:], (True,) * (len(ids) - 1)))
 
 
 def check_prompts(examples: Sequence[Any] | Stream[Any], context_length: int, max_completion_length: int) -> list[str]:
@@ -177,116 +162,6 @@ def _texts(row: Row, data: Data) -> list[str]:
     return texts if data.system_prompt is None else [data.system_prompt, *texts]
 
 
-def _end_token(data: Data, tokenizer: PreTrainedTokenizerBase) -> TurnEnd:
-    """What ends the texts that are learnt: the template's end of a turn, or EOS where there is none."""
-    end = turn_end(tokenizer) if data.chat and data.text is None else None
-    if end is None and data.messages is not None:
-        raise RecipeError(
-            "data.messages: the chat template writes no special token after an assistant's turn, so the model would not "
-            "learn to stop; set model.chat_template: chatml, or train on prompt and completion"
-        )
-    return end or TurnEnd(tokenizer.eos_token_id, tokenizer.eos_token)
-
-
-@dataclass(frozen=True)
-class _Writer:
-    """Writes rows as runs of tokens."""
-
-    data: Data
-    tokenizer: PreTrainedTokenizerBase
-    end: TurnEnd
-    learn_turns: Literal["all", "last"]
-    key_tokens: KeyTokens | None
-
-    @cached_property
-    def lead(self) -> str:
-        """What precedes the completion of a chat prompt that brings no blanks of its own."""
-        return turn_lead(self.tokenizer) if self.data.chat and self.data.completion is not None else ""
-
-    @cached_property
-    def prefilled(self) -> bool:
-        """Whether the template has already opened <think>."""
-        return self.data.chat and self.data.completion is not None and prefills_thinking(self.tokenizer)
-
-    def pieces(self, row: Row) -> list[Piece]:
-        """A row's tokens, in runs that are only read and runs that are learnt."""
-        data, tokenizer = self.data, self.tokenizer
-        if data.messages is not None:
-            return self._conversation(row)
-        if data.text is not None:
-            text = text_field(row, data.text, "data.text")
-            ids, weights = self._learnt(text, "data.text", row)
-            whole = encode_plain(tokenizer, text)
-            bos = whole[: len(whole) + 1 - len(ids)]  # one token or none
-            return [((*bos, *ids), (*[1.0] * len(bos), *weights))]
-        completion = text_field(row, _spec(data.completion), "data.completion")
-        if data.chat:
-            _, prompt = prompt_and_ids(tokenizer, _prompt_messages(row, data))
-        else:
-            prompt = encode_plain(tokenizer, text_field(row, _spec(data.prompt), "data.prompt"))
-        if self.prefilled and completion.lstrip().startswith("<think>"):
-            raise RecipeError(
-                "data.completion: the chat template has already written <think> in the prompt; "
-                "leave it out of the completion, or set another model.chat_template"
-            )
-        lead = "" if completion[0].isspace() else self.lead
-        return [_read(prompt), self._learnt(lead + completion, "data.completion", row)]
-
-    def _conversation(self, row: Row) -> list[Piece]:
-        messages = messages_field(row, self.data)
-        roles = [message["role"] for message in messages]
-        if "assistant" not in roles or "user" not in roles[: roles.index("assistant")]:
-            raise RecipeError(f"data.messages: there is no assistant turn after a user turn: {', '.join(roles)}")
-        turns = render_turns(self.tokenizer, messages, self.end)
-        pieces = []
-        for place, (text, written) in enumerate(turns):
-            if not written:
-                pieces.append(_read(encode_chat(self.tokenizer, text)))
-                continue
-            piece = self._learnt(text, "data.messages", row)
-            is_last = place == len(turns) - 1
-            pieces.append(piece if is_last or self.learn_turns == "all" else _read(piece[0]))
-        return pieces
-
-    def _learnt(self, text: str, key: str, row: Row) -> Piece:
-        """What the model writes, and the token that ends it."""
-        _refuse_end(text, key, self.end)
-        ids = token_ids(self.tokenizer, text)
-        weights = [1.0] * len(ids)
-        if self.key_tokens is not None:
-            weights = key_weights(self.tokenizer, text, row, self.key_tokens)
-        return (*ids, self.end.id), (*weights, 1.0)
-
-
-def _read(ids: tuple[int, ...]) -> Piece:
-    """Tokens that are not learnt."""
-    return ids, (0.0,) * len(ids)
-
-
-def _refuse_end(text: str, key: str, end: TurnEnd) -> None:
-    if end.text in text:
-        raise RecipeError(f"{key}: the text holds {end.text}, which is added where it ends; leave it out")
-
-
-def _prompt_messages(row: Row, data: Data) -> tuple[Message, ...]:
-    if data.messages is None:
-        content = text_field(row, _spec(data.prompt), "data.prompt")
-        return with_system(({"role": "user", "content": content},), data)
-    messages = messages_field(row, data)
-    asked = [place for place, message in enumerate(messages) if message["role"] in ("user", "tool")]
-    if not asked:
-        raise RecipeError("data.messages: there is no user turn to answer")
-    prompt = messages[: asked[-1] + 1]
-    if not prompt[-1]["content"].strip():
-        raise RecipeError("data.messages: the last user turn is empty")
-    return prompt
-
-
-def _spec(spec: str | None) -> str:
-    assert spec is not None, "the schema sees to it that one form is given"
-    return spec
-
-
 def _check(data: Data, rows: Rows, tokenizer: PreTrainedTokenizerBase, key_tokens: KeyTokens | None = None) -> None:
     """What can be said before any row is read."""
     check_columns(
@@ -302,23 +177,38 @@ def _check(data: Data, rows: Rows, tokenizer: PreTrainedTokenizerBase, key_token
         raise RecipeError("model.tokenizer: the tokenizer has no EOS token, so no text could ever end; use another one")
 
 
-def _converted(rows: Rows, convert: Callable[[int, Row], T]) -> Mapped[T] | Stream[T]:
-    """The rows converted one by one when asked for; errors get the row's name in front."""
+def _converted(
+    rows: Rows,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Callable[[Row], list[Text]],
+    convert: Callable[[int, Row, list[Text]], T],
+) -> Mapped[T] | Stream[T]:
+    """The rows converted one by one when asked for, with their texts; errors get the row's name in front."""
+    prepared: dict[int, list[Text]] = {}
+
+    def ahead(indices: range) -> None:
+        prepared.clear()
+        for index in indices:
+            with suppress(RecipeError):  # raised again when the row itself is asked for
+                prepared[index] = texts(rows[index])
+        tokenise(tokenizer, (text for found in prepared.values() for text, _ in found))
 
     def named(index: int, row: Row) -> T:
         try:
-            return convert(index, row)
+            return convert(index, row, prepared.pop(index, None) or texts(row))
         except RecipeError as error:
             raise RecipeError(f"{rows.row(index)}: {error}") from error
 
     if rows.streamed:
         return MappedStream(rows.items, named)
-    return Mapped(lambda index: named(index, rows[index]), len(rows))
+    return Mapped(lambda index: named(index, rows[index]), len(rows), ahead=ahead)
 
 
 def _problems(items: Sequence[Any] | Stream[Any], problem: Callable[[Any], str | None]) -> list[str]:
     found: list[str] = []
     for index in range(MAX_STREAMED) if isinstance(items, Stream) else range(len(items)):
+        if isinstance(items, Mapped):
+            items.prepare(index)
         try:
             line = problem(items[index])
         except RecipeError as error:

@@ -1,13 +1,12 @@
 """A small tokenizer of one's own, for models that are trained from nothing."""
 
-import os
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from grpo_lab.data.templates import TEMPLATES
+from grpo_lab.data.tokens import all_cores
 
 PAD = "<|pad|>"
 ROLES = "system\nuser\nassistant\n"  # the template writes them in every prompt, so they are worth tokens
@@ -45,7 +44,7 @@ def build_tokenizer(
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    with _all_cores():
+    with all_cores():
         bpe.train_from_iterator((part for text in texts for part in (text, ROLES)), trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe,
@@ -56,17 +55,3 @@ def build_tokenizer(
         clean_up_tokenization_spaces=False,
         chat_template=chat.text,
     )
-
-
-@contextmanager
-def _all_cores() -> Iterator[None]:
-    """Lets the tokenizers library use its threads, which the command line otherwise forbids: forks do not survive them."""
-    before = os.environ.get("TOKENIZERS_PARALLELISM")
-    os.environ["TOKENIZERS_PARALLELISM"] = "true"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["TOKENIZERS_PARALLELISM"]
-        else:
-            os.environ["TOKENIZERS_PARALLELISM"] = before

@@ -6,8 +6,8 @@ from grpo_lab.data.chat import (
     check_messages,
     encode_chat,
     encode_plain,
+    known_prompt,
     prefills_thinking,
-    prompt_and_ids,
     render_prompt,
     render_turns,
     template_problems,
@@ -173,32 +173,19 @@ def test_plain_text_gets_no_bos_from_a_tokenizer_that_adds_none(tokenizer):
     assert encode_plain(tokenizer, "a") == (tokenizer.convert_tokens_to_ids("a"),)
 
 
-def test_a_prompt_is_written_and_tokenised_once(tokenizer, monkeypatch):
-    expected = render_prompt(tokenizer, HI), encode_chat(tokenizer, render_prompt(tokenizer, HI))
-    assert prompt_and_ids(tokenizer, HI) == expected
+def test_a_prompt_is_written_once(tokenizer, monkeypatch):
+    expected = render_prompt(tokenizer, HI)
+    assert known_prompt(tokenizer, HI) == expected
 
     monkeypatch.setattr(chat, "render_prompt", lambda *_: pytest.fail("it was known"))
-    assert prompt_and_ids(tokenizer, [dict(HI[0])]) == expected
+    assert known_prompt(tokenizer, [dict(HI[0])]) == expected
 
 
 def test_a_prompt_is_not_remembered_for_another_template(tokenizer):
-    prompt_and_ids(tokenizer, HI)
+    known_prompt(tokenizer, HI)
     tokenizer.chat_template = THINKING
 
-    assert prompt_and_ids(tokenizer, HI)[0].endswith("<think>\n")
-
-
-def test_remembered_prompts_are_bounded_by_their_tokens(tokenizer, monkeypatch):
-    monkeypatch.setattr(chat, "MOST_KNOWN", 100)
-    held = []
-    for number in range(50):
-        messages = [{"role": "user", "content": f"what is {number}?"}]
-        assert prompt_and_ids(tokenizer, messages)[0] == render_prompt(tokenizer, messages)
-        held.append(sum(len(ids) for _, ids in chat._known[tokenizer].prompts.values()))
-
-    longest = len(prompt_and_ids(tokenizer, messages)[1])
-    assert longest < 100 < max(held) <= 100 + longest
-    assert min(held[10:]) < 100
+    assert known_prompt(tokenizer, HI).endswith("<think>\n")
 
 
 def test_plain_text_never_ends_in_eos(bos_tokenizer):

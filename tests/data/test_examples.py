@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from grpo_lab.data import tokens
 from grpo_lab.data.examples import (
     TrainingRow,
     check_prompts,
@@ -17,6 +18,7 @@ from grpo_lab.data.sources import load_rows
 from grpo_lab.data.stream import PromptStream, Stream
 from grpo_lab.data.templates import TEMPLATES
 from grpo_lab.data.tokenizer import build_tokenizer
+from grpo_lab.data.tokens import known
 from grpo_lab.errors import RecipeError
 from grpo_lab.recipe.schema import Data
 
@@ -411,6 +413,42 @@ def test_thinking_that_the_template_opens_is_not_learnt_twice(training, tokenize
         "d.jsonl, row 0 (from 0): data.completion: the chat template has already written <think> in the prompt; "
         "leave it out of the completion, or set another model.chat_template"
     )
+
+
+MANY = range(600)  # more than are prepared together
+
+
+@pytest.mark.parametrize(
+    "row, settings",
+    [
+        (lambda n: {"q": f"{n}+1", "a": f" {n + 1}" if n % 3 else f"{n + 1}"}, {"prompt": "q", "completion": "a"}),
+        (lambda n: {"q": f"{n}+1=", "a": str(n + 1)}, {"prompt": "q", "completion": "a", "chat": False}),
+        (lambda n: {"m": [user(f"{n}?"), assistant("a"), user("b"), assistant(f"c{n}")]}, {"messages": "m"}),
+        (lambda n: {"t": f"text {n}"}, {"text": "t"}),
+    ],
+)
+def test_rows_are_the_same_all_in_turn_or_each_alone(training, bos_tokenizer, row, settings):
+    rows = training([row(number) for number in MANY], tokenizer=bos_tokenizer, **settings)
+
+    assert list(rows) == [training([row(number)], tokenizer=bos_tokenizer, **settings)[0] for number in MANY]
+
+
+def test_all_rows_are_checked_and_tokenised_together(training, tokenizer, monkeypatch):
+    bad = {5, 255, 256, 599}
+    rows = training(
+        [{"q": f"{number}+1", "a": "" if number in bad else str(number)} for number in MANY],
+        prompt="q",
+        completion="a",
+    )
+    calls = []
+    encoded = tokens._encoded
+    monkeypatch.setattr(tokens, "_encoded", lambda it, texts: calls.append(len(texts)) or encoded(it, texts))
+
+    assert [line.partition(":")[0] for line in check_training_rows(rows)] == [
+        f"d.jsonl, row {number} (from 0)" for number in sorted(bad)
+    ]
+    assert len(calls) == 3
+    assert sum(calls) == len(known(tokenizer).ids) == 2 * (len(MANY) - len(bad))
 
 
 def test_streamed_rows_to_learn_equal_held_ones(training):

@@ -1,6 +1,6 @@
 import pytest
 
-from grpo_lab.data.stream import Mapped, MappedStream, PromptStream, Stream
+from grpo_lab.data.stream import AHEAD, Mapped, MappedStream, PromptStream, Stream
 from grpo_lab.errors import RecipeError
 
 
@@ -122,6 +122,17 @@ def test_mapped_items_are_computed_when_asked_for():
     assert (list(squares), squares[3], squares[-1], squares[1:3]) == ([0, 1, 4, 9, 16], 9, 16, [1, 4])
     with pytest.raises(IndexError):
         squares[5]
+
+
+def test_going_through_mapped_items_prepares_them_in_runs():
+    seen = []
+    items = Mapped(lambda index: seen.append(index) or index, 2 * AHEAD + 3, ahead=seen.append)
+
+    assert list(items) == list(range(2 * AHEAD + 3))
+    runs = [range(AHEAD), range(AHEAD, 2 * AHEAD), range(2 * AHEAD, 2 * AHEAD + 3)]
+    assert seen == [each for run in runs for each in (run, *run)]
+    items[AHEAD]
+    assert seen[-1] == AHEAD, "one item alone prepares nothing"
 
 
 LENGTHS = [(7 * place) % 41 + 1 for place in range(103)]

@@ -1,4 +1,3 @@
-import os
 import subprocess
 import sys
 
@@ -26,17 +25,6 @@ def test_every_text_round_trips(text):
     made = build_tokenizer(TEXTS, vocab_size=300, split_digits=True)
 
     assert made.decode(made(text)["input_ids"]) == text
-
-
-@pytest.mark.parametrize("before", [None, "false"])
-def test_the_environment_is_left_as_it_was(before, monkeypatch):
-    monkeypatch.delenv("TOKENIZERS_PARALLELISM", raising=False)
-    if before is not None:
-        monkeypatch.setenv("TOKENIZERS_PARALLELISM", before)
-
-    build_tokenizer(TEXTS, vocab_size=275, split_digits=True)
-
-    assert os.environ.get("TOKENIZERS_PARALLELISM") == before
 
 
 def test_the_vocabulary_has_the_size_that_was_asked_for():

@@ -1,0 +1,104 @@
+import os
+
+import pytest
+from transformers import PreTrainedTokenizer
+
+from grpo_lab.data import tokens
+from grpo_lab.data.tokens import known, token_ids, tokenise
+
+TEXTS = ["the cat", "12 + 30 = 42", "the cat", " \n", "<|im_start|>user\nhéllo 😀<|im_end|>"]
+
+
+class Slow(PreTrainedTokenizer):
+    """A tokenizer without the tokenizers library: one number for each character."""
+
+    vocab_size = 128
+
+    def get_vocab(self):
+        return {chr(number): number for number in range(self.vocab_size)}
+
+    def _tokenize(self, text):
+        return list(text)
+
+    def _convert_token_to_id(self, token):
+        return ord(token)
+
+    def _convert_id_to_token(self, index):
+        return chr(index)
+
+
+def plain(tokenizer, text):
+    return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def test_tokens_are_what_the_tokenizer_says(tokenizer):
+    assert [token_ids(tokenizer, text) for text in TEXTS] == [plain(tokenizer, text) for text in TEXTS]
+
+
+def test_tokens_of_many_texts_are_those_of_each(tokenizer):
+    tokenise(tokenizer, TEXTS)
+
+    assert set(known(tokenizer).ids) == set(TEXTS)
+    assert [token_ids(tokenizer, text) for text in TEXTS] == [plain(tokenizer, text) for text in TEXTS]
+
+
+def test_long_texts_go_to_the_library_a_few_at_a_time(tokenizer, monkeypatch):
+    monkeypatch.setattr(tokens, "MOST_AT_ONCE", 100)
+    sizes = []
+    encoded = tokens._encoded
+    monkeypatch.setattr(tokens, "_encoded", lambda it, texts: sizes.append(sum(map(len, texts))) or encoded(it, texts))
+    texts = [f"{number:2} " + "word " * 8 for number in range(20)]  # 43 characters each
+    tokenise(tokenizer, texts)
+
+    assert sizes == [129] * 6 + [86]
+    assert [token_ids(tokenizer, text) for text in texts] == [plain(tokenizer, text) for text in texts]
+
+
+def test_truncation_that_somebody_left_on_cuts_nothing(tokenizer):
+    whole = plain(tokenizer, TEXTS[1])
+    tokenizer.backend_tokenizer.enable_truncation(2)
+    tokenise(tokenizer, [TEXTS[1]])
+    tokenizer.backend_tokenizer.enable_padding(length=20)
+    tokenise(tokenizer, TEXTS)
+
+    assert token_ids(tokenizer, TEXTS[1]) == whole
+    assert token_ids(tokenizer, TEXTS[0]) == plain(tokenizer, TEXTS[0])
+
+
+def test_a_slow_tokenizer_will_do():
+    slow = Slow()
+    tokenise(slow, ["ab", "c"])
+
+    assert [token_ids(slow, text) for text in ("ab", "c", "d")] == [(97, 98), (99,), (100,)]
+
+
+def test_a_text_is_tokenised_once(tokenizer, monkeypatch):
+    expected = token_ids(tokenizer, "the cat")
+
+    monkeypatch.setattr(tokens, "_encoded", lambda _, texts: pytest.fail("it was known") if texts else [])
+    tokenise(tokenizer, ["the cat"])
+    assert token_ids(tokenizer, "the cat") == expected
+
+
+def test_what_is_remembered_is_bounded(tokenizer, monkeypatch):
+    monkeypatch.setattr(tokens, "MOST_KNOWN", 100)
+    held = []
+    for number in range(50):
+        text = f"what is {number}?"
+        assert token_ids(tokenizer, text) == plain(tokenizer, text)
+        held.append(known(tokenizer).num_tokens)
+        assert held[-1] == sum(map(len, known(tokenizer).ids.values()))
+
+    assert 50 < max(held) < 150
+    assert held != sorted(held), "it forgot at least once"
+
+
+@pytest.mark.parametrize("before", [None, "false"])
+def test_the_environment_is_left_as_it_was(tokenizer, before, monkeypatch):
+    monkeypatch.delenv("TOKENIZERS_PARALLELISM", raising=False)
+    if before is not None:
+        monkeypatch.setenv("TOKENIZERS_PARALLELISM", before)
+
+    tokenise(tokenizer, TEXTS)
+
+    assert os.environ.get("TOKENIZERS_PARALLELISM") == before
