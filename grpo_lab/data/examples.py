@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Literal, TypeVar
 
 from transformers import PreTrainedTokenizerBase
@@ -104,14 +105,14 @@ def training_rows(
 
     def training_row(index: int, row: Row, texts: list[Text]) -> TrainingRow:
         pieces = writer.pieces(row, texts)
-        ids = tuple(token for run, _ in pieces for token in run)
-        weights = tuple(weight for _, own in pieces for weight in own)
+        ids = tuple(chain.from_iterable(run for run, _ in pieces))
+        weights = tuple(chain.from_iterable(own for _, own in pieces))
         if len(ids) > max_length:
             raise RecipeError(f"the row has {len(ids)} tokens, more than max_length {max_length}")
         if loss_on == "all" or data.text is not None:
             weights = (0.0, *[weight or 1.0 for weight in weights[1:]])
         first = next(place for place, weight in enumerate(weights) if weight > 0)
-        learn = tuple(weight > 0 for weight in weights[first:])
+        learn = tuple(map(bool, weights[first:]))
         return TrainingRow(ids[:first], ids[first:], learn, None if key_tokens is None else weights[first:])
 
     if data.chunk_length is None:

@@ -11,7 +11,7 @@ from grpo_lab.seeds import derive_seed
 
 T = TypeVar("T")
 U = TypeVar("U")
-AHEAD = 256  # items that are prepared together
+AHEAD = 1024  # items that are prepared together
 POOL = 50  # batches that are sorted by length together, where steps hold items of similar length
 
 

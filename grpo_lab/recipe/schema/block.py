@@ -15,4 +15,4 @@ LIST = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) els
 class Block(BaseModel):
     """A mapping in the recipe. Unknown keys are errors; values do not change after loading."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
