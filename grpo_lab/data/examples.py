@@ -187,12 +187,15 @@ def _converted(
     """The rows converted one by one when asked for, with their texts; errors get the row's name in front."""
     prepared: dict[int, list[Text]] = {}
 
-    def ahead(indices: range) -> None:
-        prepared.clear()
+    def texts_of(indices: range) -> Iterator[str]:
         for index in indices:
             with suppress(RecipeError):  # raised again when the row itself is asked for
                 prepared[index] = texts(rows[index])
-        tokenise(tokenizer, (text for found in prepared.values() for text, _ in found))
+                yield from (text for text, _ in prepared[index])
+
+    def ahead(indices: range) -> None:
+        prepared.clear()
+        tokenise(tokenizer, texts_of(indices))
 
     def named(index: int, row: Row) -> T:
         try:

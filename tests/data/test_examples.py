@@ -447,7 +447,7 @@ def test_all_rows_are_checked_and_tokenised_together(training, tokenizer, monkey
     assert [line.partition(":")[0] for line in check_training_rows(rows)] == [
         f"d.jsonl, row {number} (from 0)" for number in sorted(bad)
     ]
-    assert len(calls) == 3
+    assert len(calls) <= 2 * len(MANY) / 256 + 3
     assert sum(calls) == len(known(tokenizer).ids) == 2 * (len(MANY) - len(bad))
 
 

@@ -1,4 +1,5 @@
 import os
+import signal
 
 import pytest
 from transformers import PreTrainedTokenizer
@@ -42,16 +43,41 @@ def test_tokens_of_many_texts_are_those_of_each(tokenizer):
     assert [token_ids(tokenizer, text) for text in TEXTS] == [plain(tokenizer, text) for text in TEXTS]
 
 
-def test_long_texts_go_to_the_library_a_few_at_a_time(tokenizer, monkeypatch):
-    monkeypatch.setattr(tokens, "MOST_AT_ONCE", 100)
-    sizes = []
+@pytest.mark.parametrize(
+    "limits, sizes", [((3, 10_000), [3] * 6 + [2]), ((100, 100), [3] * 6 + [2]), ((1, 1), [1] * 20)]
+)
+def test_many_texts_go_to_the_library_some_at_a_time(tokenizer, monkeypatch, limits, sizes):
+    monkeypatch.setattr(tokens, "MOST_TEXTS", limits[0])
+    monkeypatch.setattr(tokens, "MOST_CHARACTERS", limits[1])
+    seen = []
     encoded = tokens._encoded
-    monkeypatch.setattr(tokens, "_encoded", lambda it, texts: sizes.append(sum(map(len, texts))) or encoded(it, texts))
+    monkeypatch.setattr(tokens, "_encoded", lambda it, texts: seen.append(len(texts)) or encoded(it, texts))
     texts = [f"{number:2} " + "word " * 8 for number in range(20)]  # 43 characters each
     tokenise(tokenizer, texts)
 
-    assert sizes == [129] * 6 + [86]
+    assert seen == sizes
     assert [token_ids(tokenizer, text) for text in texts] == [plain(tokenizer, text) for text in texts]
+
+
+def test_what_was_asked_for_together_is_known_however_much_it_is(tokenizer, monkeypatch):
+    monkeypatch.setattr(tokens, "MOST_KNOWN", 10)
+    texts = [f"a text of some length, {number}" for number in range(20)]
+    tokenise(tokenizer, texts)
+    monkeypatch.setattr(tokens, "_encoded", lambda *_: pytest.fail("it was known"))
+
+    assert all(token_ids(tokenizer, text) for text in texts)
+
+
+def test_a_forked_process_can_tokenise_too(tokenizer, monkeypatch):
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")  # as the command line has it
+    tokenise(tokenizer, [f"before {number}" for number in range(1000)])
+    child = os.fork()
+    if child == 0:
+        signal.alarm(20)  # threads that are waited for never come: without the alarm the test would hang
+        tokenise(tokenizer, [f"after {number}" for number in range(1000)])
+        os._exit(0)
+
+    assert os.waitpid(child, 0)[1] == 0
 
 
 def test_truncation_that_somebody_left_on_cuts_nothing(tokenizer):
@@ -75,7 +101,7 @@ def test_a_slow_tokenizer_will_do():
 def test_a_text_is_tokenised_once(tokenizer, monkeypatch):
     expected = token_ids(tokenizer, "the cat")
 
-    monkeypatch.setattr(tokens, "_encoded", lambda _, texts: pytest.fail("it was known") if texts else [])
+    monkeypatch.setattr(tokens, "_encoded", lambda *_: pytest.fail("it was known"))
     tokenise(tokenizer, ["the cat"])
     assert token_ids(tokenizer, "the cat") == expected
 
