@@ -14,11 +14,9 @@ from weakref import WeakKeyDictionary
 
 from transformers import PreTrainedTokenizerBase
 
-MOST_KNOWN = 2**22  # tokens of one tokenizer's texts that are remembered: 4 bytes each, and their characters
-MOST_TEXTS, MOST_CHARACTERS = (
-    256,
-    2**20,
-)  # in one call of the library, which makes some 100 bytes of each token for a while
+MOST_KNOWN = 2**25  # bytes, about, that are remembered of one tokenizer's texts
+PER_TEXT = 400  # bytes of Python's own for a text, its tokens and their places in the dictionaries
+MOST_TEXTS, MOST_CHARACTERS = 256, 2**20  # in one call of the library; it makes 100 bytes of a token for a while
 _PROCESS = os.getpid()  # that imported this
 
 
@@ -29,7 +27,8 @@ class Known:
     prompts: dict[Any, str] = field(default_factory=dict)
     """Templated prompts by chat template and messages."""
     ids: dict[str, "array[int]"] = field(default_factory=dict)
-    num_tokens: int = 0
+    size: int = 0
+    """Bytes, about."""
 
 
 _known: WeakKeyDictionary[PreTrainedTokenizerBase, Known] = WeakKeyDictionary()
@@ -97,8 +96,8 @@ def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
 
 
 def _with_room(tokenizer: PreTrainedTokenizerBase) -> Known:
-    """What is remembered; nothing, if it was more than `MOST_KNOWN` tokens."""
-    if known(tokenizer).num_tokens > MOST_KNOWN:
+    """What is remembered; nothing, if it was more than `MOST_KNOWN` bytes."""
+    if known(tokenizer).size > MOST_KNOWN:
         del _known[tokenizer]
     return known(tokenizer)
 
@@ -106,7 +105,7 @@ def _with_room(tokenizer: PreTrainedTokenizerBase) -> Known:
 def _remember(memory: Known, text: str, ids: "array[int]") -> None:
     if text not in memory.ids:
         memory.ids[text] = ids
-        memory.num_tokens += len(ids)
+        memory.size += PER_TEXT + len(text) + ids.itemsize * len(ids)
 
 
 def _encoded(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> "list[array[int]]":

@@ -1,10 +1,12 @@
 import os
 import signal
+import tracemalloc
 
 import pytest
 from transformers import PreTrainedTokenizer
 
 from grpo_lab.data import tokens
+from grpo_lab.data.chat import known_prompt
 from grpo_lab.data.tokens import known, token_ids, tokenise
 
 TEXTS = ["the cat", "12 + 30 = 42", "the cat", " \n", "<|im_start|>user\nhéllo 😀<|im_end|>"]
@@ -107,16 +109,27 @@ def test_a_text_is_tokenised_once(tokenizer, monkeypatch):
 
 
 def test_what_is_remembered_is_bounded(tokenizer, monkeypatch):
-    monkeypatch.setattr(tokens, "MOST_KNOWN", 100)
+    monkeypatch.setattr(tokens, "MOST_KNOWN", 10 * tokens.PER_TEXT)
     held = []
     for number in range(50):
         text = f"what is {number}?"
         assert token_ids(tokenizer, text) == plain(tokenizer, text)
-        held.append(known(tokenizer).num_tokens)
-        assert held[-1] == sum(map(len, known(tokenizer).ids.values()))
+        held.append(len(known(tokenizer).ids))
 
-    assert 50 < max(held) < 150
-    assert held != sorted(held), "it forgot at least once"
+    assert max(held) == 9  # with the texts and tokens themselves
+    assert held.count(1) == 6
+
+
+def test_the_bound_is_near_what_texts_really_take(tokenizer):
+    texts = [f"{number}+{number}=" for number in range(20_000)]
+    tracemalloc.start()
+    for text in texts:
+        known_prompt(tokenizer, [{"role": "user", "content": text}])
+    tokenise(tokenizer, known(tokenizer).prompts.values())
+    taken, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+
+    assert 0.5 < taken / known(tokenizer).size < 2
 
 
 @pytest.mark.parametrize("before", [None, "false"])
