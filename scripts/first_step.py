@@ -24,10 +24,21 @@ def first_step(recipe: str) -> float:
     """Seconds from the start of the process until the first step stands on the disk."""
     with tempfile.TemporaryDirectory() as folder:
         began = time.perf_counter()
-        command = [sys.executable, "-m", "grpo_lab", "train", recipe, "--output-dir", folder, "--quiet"]
+        command = [
+            sys.executable,
+            "-m",
+            "grpo_lab",
+            "train",
+            recipe,
+            "--output-dir",
+            folder,
+            "--name",
+            "run",
+            "--quiet",
+        ]
         run = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         try:
-            while not any(table.stat().st_size for table in Path(folder).glob("*/*/timing.jsonl")):
+            while not any(table.stat().st_size for table in Path(folder).glob("run/*/timing.jsonl")):
                 if run.poll() is not None:
                     sys.exit(f"the run ended with exit code {run.returncode} before its first step")
                 if time.perf_counter() - began > LIMIT:
