@@ -7,14 +7,19 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+from pathlib import Path
+
 from jaxtyping import install_import_hook
 
-install_import_hook("grpo_lab", "beartype.beartype")
+PACKAGE = Path(__file__).parents[1] / "grpo_lab"
+# all but `kernels`: Triton compiles a function itself, and not what checks its arguments
+CHECKED = sorted({path.stem for path in PACKAGE.iterdir()} - {"__init__", "__pycache__", "kernels"})
+install_import_hook([f"grpo_lab.{name}" for name in CHECKED], "beartype.beartype")
 
+import importlib.util  # noqa: E402
 import sys  # noqa: E402
 from collections.abc import Callable, Iterable  # noqa: E402
 from functools import partial  # noqa: E402
-from pathlib import Path  # noqa: E402
 from textwrap import dedent  # noqa: E402
 from typing import NamedTuple  # noqa: E402
 
@@ -129,6 +134,22 @@ def make_group(example: Example, rows: list[tuple[tuple[int, ...], bool]]) -> Gr
 @pytest.fixture(name="make_policy")
 def _make_policy(tokenizer):
     return partial(make_policy, tokenizer)
+
+
+@pytest.fixture
+def as_on_gpu(monkeypatch):
+    """Lay out and decode as on a GPU, whose kernels plain torch stands in for."""
+    from grpo_lab.attention import layout, varlen
+    from grpo_lab.sampling import native, static
+
+    spec = importlib.util.spec_from_file_location("gpu_stand_in", Path(__file__).with_name("gpu_stand_in.py"))
+    stand_in = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(stand_in)
+    for module in (layout, native):
+        monkeypatch.setattr(module, "on_gpu", lambda device: True)
+    monkeypatch.setattr(varlen, "flash", stand_in.flash)
+    monkeypatch.setattr(varlen, "flash_backward", stand_in.flash_backward)
+    monkeypatch.setattr(static, "flash_cached", stand_in.flash_cached)
 
 
 @pytest.fixture(name="make_examples")

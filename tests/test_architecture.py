@@ -15,7 +15,8 @@ PACKAGE = ROOT / "grpo_lab"
 
 # From the ground up. A name is a module or a folder of `grpo_lab`; a module imports from lower floors and its own folder.
 FLOORS = [
-    {"types", "errors", "seeds", "padding", "bundled", "algorithm", "recipe", "attention", "sandbox", "distributed"}
+    {"types", "errors", "seeds", "padding", "bundled", "algorithm", "recipe", "attention", "kernels", "sandbox"}
+    | {"distributed"}
     | {"text", "text_metrics", "corpus_metrics", "answers", "expressions"},  # for authors of rewards
     {"scoring", "policy", "sampling", "data", "tracking", "corpus_evaluation"},
     {"batching", "evaluate"},

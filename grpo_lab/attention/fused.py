@@ -28,13 +28,21 @@ class _RmsNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        if x.is_cuda:
+            y, scale = torch.ops.aten._fused_rms_norm(x, weight.shape, weight, eps)
+            ctx.save_for_backward(x, weight, scale)
+            return y  # type: ignore[no-any-return]
         scale = torch.linalg.vecdot(x, x).div_(x.shape[-1]).add_(eps).rsqrt_()[..., None]
         ctx.save_for_backward(x, weight, scale)
         return (x * scale).mul_(weight)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
         x, weight, scale = ctx.saved_tensors
+        if x.is_cuda:
+            from grpo_lab.kernels import layers
+
+            return *layers.norm_backward(grad, x, weight, scale, wants_weight=ctx.needs_input_grad[1]), None
         d_x = x * scale  # the normalised x, n; dx = scale * (w g - n mean(w g n))
         product = grad * d_x
         mean = torch.matmul(product, weight).div_(-x.shape[-1])[..., None]
@@ -47,6 +55,10 @@ class _Rotation(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
+        if x.is_cuda:
+            from grpo_lab.kernels import layers
+
+            return layers.rotate(x, cos, sin)
         (x_1, x_2), (sin_1, sin_2) = x.chunk(2, -1), sin.chunk(2, -1)
         y = x * cos
         y_1, y_2 = y.chunk(2, -1)
@@ -57,6 +69,10 @@ class _Rotation(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors
+        if grad.is_cuda:
+            from grpo_lab.kernels import layers
+
+            return layers.rotate(grad, cos, sin, backward=True), None, None
         (grad_1, grad_2), (sin_1, sin_2) = grad.chunk(2, -1), sin.chunk(2, -1)
         d_x = grad * cos
         d_1, d_2 = d_x.chunk(2, -1)
@@ -71,11 +87,19 @@ class _Gated(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
+        if gate.is_cuda:
+            from grpo_lab.kernels import layers
+
+            return layers.gated(gate, up)
         return nn.functional.silu(gate).mul_(up)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
+        if gate.is_cuda:
+            from grpo_lab.kernels import layers
+
+            return layers.gated_backward(grad, gate, up)
         d_gate, d_up = (gate.new_empty(gate.shape) for _ in range(2))
         rows = max(1, _AT_ONCE // gate.shape[-1])
         parts = (tensor.flatten(0, -2).split(rows) for tensor in (gate, up, grad, d_gate, d_up))
@@ -131,7 +155,10 @@ def _mlp_forward(self: Any, x: Tensor) -> Tensor:
 
 
 def fuse(model: nn.Module) -> None:
-    """Give a float32 model's norms, attention and MLPs the functions above, wherever nothing but rounding changes."""
+    """Give a model's norms, attention and MLPs the functions above, wherever nothing but rounding changes.
+
+    On the CPU they are for float32; on a GPU for every type, since they sum in float32 there.
+    """
     proved: dict[tuple[type, Any, type], Callable[..., Any] | None] = {}
     for module in model.modules():
         activation = dict(module.named_children()).get("act_fn")
@@ -160,10 +187,10 @@ def _fewer_passes(module: nn.Module) -> Callable[..., Any] | None:
         return _norm_forward if _same_norm(module) else None
     if {name for name, _ in module.named_children()} == _MLP:
         small = _small_mlp(module)
-        return _mlp_forward if _same(partial(theirs, small), partial(_mlp_forward, small), _some(3, 8)) else None
+        return _mlp_forward if same(partial(theirs, small), partial(_mlp_forward, small), some(3, 8)) else None
     if isinstance(theirs, FunctionType) and _ROTARY in theirs.__code__.co_names:
-        q, k, angles = _some(1, 2, 3, 8), _some(1, 1, 3, 8), {"cos": _some(1, 3, 8), "sin": _some(1, 3, 8)}
-        if _same(partial(theirs.__globals__[_ROTARY], **angles), partial(rotated, **angles), q, k):
+        q, k, angles = some(1, 2, 3, 8), some(1, 1, 3, 8), {"cos": some(1, 3, 8), "sin": some(1, 3, 8)}
+        if same(partial(theirs.__globals__[_ROTARY], **angles), partial(rotated, **angles), q, k):
             return _rotating(theirs)
     return None
 
@@ -189,7 +216,7 @@ def _small_mlp(module: nn.Module) -> nn.Module:
     small = copy.copy(module)
     linears = {name: nn.Linear(*sizes, device="meta") for name, sizes in _SMALL.items()}
     for linear in linears.values():
-        linear.weight, linear.bias = (nn.Parameter(_some(*p.shape)) for p in (linear.weight, linear.bias))
+        linear.weight, linear.bias = (nn.Parameter(some(*p.shape)) for p in (linear.weight, linear.bias))
     small._modules = {**module._modules, **linears}
     return small
 
@@ -204,10 +231,10 @@ def _same_norm(module: Any) -> bool:
     def ours(x: Tensor, weight: Tensor) -> Tensor:
         return rms_norm(x, weight, module.variance_epsilon)
 
-    return _same(theirs, ours, _some(3, len(weight)), _some(len(weight)))
+    return same(theirs, ours, some(3, len(weight)), some(len(weight)))
 
 
-def _same(theirs: Callable[..., Any], ours: Callable[..., Any], *inputs: Tensor) -> bool:
+def same(theirs: Callable[..., Any], ours: Callable[..., Any], *inputs: Tensor) -> bool:
     """Whether two functions give the same values, and the same gradients with regard to the inputs."""
     results = []
     try:
@@ -215,7 +242,7 @@ def _same(theirs: Callable[..., Any], ours: Callable[..., Any], *inputs: Tensor)
             given = [tensor.clone().requires_grad_() for tensor in inputs]
             made = function(*given)
             outputs = [made] if isinstance(made, Tensor) else list(made)
-            grads = torch.autograd.grad(outputs, given, [_some(*output.shape) for output in outputs])
+            grads = torch.autograd.grad(outputs, given, [some(*output.shape) for output in outputs])
             results.append([*outputs, *grads])
     except (TypeError, ValueError, RuntimeError):  # called in another way, or made of other parts
         return False
@@ -223,5 +250,6 @@ def _same(theirs: Callable[..., Any], ours: Callable[..., Any], *inputs: Tensor)
     return all(bool((one - other).abs().max() <= _TOLERANCE * one.abs().max()) for one, other in pairs)
 
 
-def _some(*shape: int) -> Tensor:
+def some(*shape: int) -> Tensor:
+    """Numbers to try a function with, always the same."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(len(shape)))

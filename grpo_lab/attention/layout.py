@@ -7,12 +7,13 @@ In the last layer only the places whose logits are needed look at anything.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from grpo_lab.attention.interface import NotPackableError
+from grpo_lab.attention.varlen import Runs, VarlenLayout
 from grpo_lab.types import Batch
 
 # A table takes runs down to this share of its longest one, less a few tokens: a call costs as much as some filling.
@@ -71,75 +72,53 @@ class PackedBatch:
 
     ids: Int[Tensor, "L"]
     positions: Int[Tensor, "L"]
-    layout: Layout
-    last: Layout
+    layout: Layout | VarlenLayout
+    last: Layout | VarlenLayout
     predicted_at: Int[Tensor, "R"]
     logits_row: Int[Tensor, "K"]
     longest: int
 
     @classmethod
     def of(cls, batch: Batch) -> "PackedBatch":
-        """Lay out a batch. Rows without a token are left out, and prompts that no row with tokens answers."""
-        device = batch.completion_ids.device
-        lengths = batch.completion_mask.sum(1).tolist()
-        of_prompt = batch.prompt_index.tolist()
-        rows_of: dict[int, list[int]] = {}
-        for row, prompt in enumerate(of_prompt):
-            if lengths[row] > 0:
-                rows_of.setdefault(prompt, []).append(row)
-        answered = torch.zeros(len(batch.prompt_mask), dtype=torch.bool, device=device)
-        answered[list(rows_of)] = True
-        prompt_mask = batch.prompt_mask & answered[:, None]
-        prompts = prompt_mask.sum(1).tolist()
-        prompt_starts = _starts(prompts)
-        row_starts = [prompt_starts[-1] + start for start in _starts(lengths)]
+        """Lay out a batch. Rows without a token are left out, and prompts that no row with tokens answers.
 
-        runs: list[list[range]] = []
-        shared: list[range] = []
-        crossings, logits_row, predicted_at = [], [0] * sum(lengths), []
-        for prompt, rows in rows_of.items():
-            own = range(prompt_starts[prompt], prompt_starts[prompt + 1])
-            if len(rows) == 1:  # nothing is shared: the prompt and its only completion are one run
-                runs.append([own, range(row_starts[rows[0]], row_starts[rows[0] + 1])])
-            else:
-                shared.append(own)
-                runs += [[range(row_starts[row], row_starts[row + 1])] for row in rows]
-                crossings += [
-                    Crossing(slice(row_starts[a], row_starts[b + 1]), slice(own.start, own.stop))
-                    for a, b in _without_gaps(rows)
-                ]
-            predicted_at.append(own.stop - 1)
-            first = len(predicted_at) - 1
-            for row in rows:
-                start = row_starts[row] - prompt_starts[-1]
-                logits_row[start] = first
-                logits_row[start + 1 : start + lengths[row]] = range(
-                    len(predicted_at), len(predicted_at) + lengths[row] - 1
-                )
-                predicted_at += range(row_starts[row], row_starts[row + 1] - 1)
-        positions = [*_ramps([0] * len(prompts), prompts), *_ramps([prompts[p] for p in of_prompt], lengths)]
+        Raises:
+            NotPackableError: on a GPU, if rows are not in the order of their prompts.
+        """
+        mask, index = batch.completion_mask, batch.prompt_index
+        lengths = mask.sum(1)
+        answered = torch.zeros(len(batch.prompt_mask), dtype=torch.bool, device=mask.device)
+        answered[index[lengths > 0]] = True
+        prompt_mask = batch.prompt_mask & answered[:, None]
+        prompts = prompt_mask.sum(1)
+        columns = torch.arange(mask.shape[1], device=mask.device)
+        # a completion's token is predicted where the one before it stands, its first one at the prompt's end
+        place = mask.flatten().cumsum(0).view_as(mask) - 1 + prompts.sum()
+        predicted_at = torch.cat([(prompts.cumsum(0) - 1)[answered], place[:, :-1][mask[:, 1:]]])
+        logits_row = (mask & (columns > 0)).flatten().cumsum(0).view_as(mask) - 1 + answered.sum()
+        logits_row[:, 0] = (answered.cumsum(0) - 1)[index]
+        layout, last = _layouts(prompts.tolist(), index.tolist(), lengths.tolist(), mask.device)
         return cls(
-            ids=torch.cat([batch.prompt_ids[prompt_mask], batch.completion_ids[batch.completion_mask]]),
-            positions=torch.tensor(positions, device=device),
-            layout=Layout(tuple(_tables([*runs, *([own] for own in shared)], device)), tuple(crossings), is_full=True),
-            last=_ends_only(runs, shared, crossings, device),
-            predicted_at=torch.tensor(predicted_at, device=device),
-            logits_row=torch.tensor(logits_row, device=device),
-            longest=max((prompts[p] + n for p, n in zip(of_prompt, lengths, strict=True)), default=0),
+            ids=torch.cat([batch.prompt_ids[prompt_mask], batch.completion_ids[mask]]),
+            positions=torch.cat([(prompt_mask.cumsum(1) - 1)[prompt_mask], (prompts[index][:, None] + columns)[mask]]),
+            layout=layout,
+            last=last,
+            predicted_at=predicted_at,
+            logits_row=logits_row[mask],
+            longest=int((prompts[index] + lengths).max()),
         )
 
 
 def packed_prompts(prompts: Sequence[Sequence[int]], device: torch.device) -> PackedBatch:
     """Prompts alone, one after the other; the logits that are needed are those of their ends."""
     lengths = [len(prompt) for prompt in prompts]
-    starts = _starts(lengths)
-    runs = [range(start, stop) for start, stop in pairwise(starts)]
+    layout, last = _layouts(lengths, [], [], device)
     return PackedBatch(
         ids=torch.tensor([token for prompt in prompts for token in prompt], device=device),
-        positions=torch.tensor(_ramps([0] * len(prompts), lengths), device=device),
-        layout=Layout(tuple(_tables([[run] for run in runs], device)), (), is_full=True),
-        last=_ends_only([], runs, [], device),
-        predicted_at=torch.tensor([stop - 1 for stop in starts[1:]], device=device),
+        positions=torch.cat([torch.arange(length, device=device) for length in lengths]),
+        layout=layout,
+        last=last,
+        predicted_at=torch.tensor(lengths, device=device).cumsum(0) - 1,
         logits_row=torch.arange(len(prompts), device=device),
         longest=max(lengths),
     )
@@ -151,13 +130,66 @@ def spread(values: Float[Tensor, "K"], batch: Batch) -> Float[Tensor, "N T"]:
     return empty.masked_scatter(batch.completion_mask, values)
 
 
-def _ends_only(
-    runs: Sequence[Sequence[range]], prompts: Sequence[range], crossings: Sequence[Crossing], device: torch.device
-) -> Layout:
-    """The layout in which of some prompts only the last token looks: at itself, and at the others as a completion does."""
-    ends = [Crossing(slice(own.stop - 1, own.stop), slice(own.start, own.stop - 1)) for own in prompts if len(own) > 1]
-    tables = _tables([*runs, *([own[-1:]] for own in prompts)], device)
-    return Layout(tuple(tables), (*crossings, *ends), is_full=False)
+def on_gpu(device: torch.device) -> bool:
+    """Whether attention is laid out for a GPU's kernel there, and not for the CPU's."""
+    return device.type == "cuda"
+
+
+def _layouts(
+    prompts: Sequence[int], of_prompt: Sequence[int], lengths: Sequence[int], device: torch.device
+) -> tuple[Layout, Layout] | tuple[VarlenLayout, VarlenLayout]:
+    """The layout of all layers but the last one, and that of the last one.
+
+    `prompts`: how long each prompt is, 0 for one that is left out; `lengths`: how long each row is, which answers prompt
+    `of_prompt`.
+    """
+    if not on_gpu(device):
+        return _tabled(prompts, of_prompt, lengths, device)
+    rows = [prompt for prompt, length in zip(of_prompt, lengths, strict=True) if length]
+    if rows != sorted(rows):
+        raise NotPackableError("rows are not in the order of their prompts")
+    answers = [0] * len(prompts)
+    for prompt, length in zip(of_prompt, lengths, strict=True):
+        answers[prompt] += length
+    varlen = VarlenLayout(
+        num_prompt_tokens=sum(prompts),
+        own=Runs.of([*prompts, *lengths], device),
+        prompts=Runs.of(prompts, device),
+        answers=Runs.of(answers, device),
+    )
+    return varlen, varlen  # a prompt's attention in one layer costs less than another call
+
+
+def _tabled(
+    prompts: Sequence[int], of_prompt: Sequence[int], lengths: Sequence[int], device: torch.device
+) -> tuple[Layout, Layout]:
+    prompt_starts = _starts(prompts)
+    row_starts = [prompt_starts[-1] + start for start in _starts(lengths)]
+    rows_of: dict[int, list[int]] = {}
+    for row, prompt in enumerate(of_prompt):
+        if lengths[row] > 0:
+            rows_of.setdefault(prompt, []).append(row)
+    runs: list[list[range]] = []
+    shared: list[range] = []
+    crossings = []
+    for prompt, length in enumerate(prompts):
+        rows = rows_of.get(prompt, [])
+        own = range(prompt_starts[prompt], prompt_starts[prompt + 1])
+        if len(rows) == 1:  # nothing is shared: the prompt and its only completion are one run
+            runs.append([own, range(row_starts[rows[0]], row_starts[rows[0] + 1])])
+        elif length:
+            shared.append(own)
+            runs += [[range(row_starts[row], row_starts[row + 1])] for row in rows]
+            crossings += [
+                Crossing(slice(row_starts[a], row_starts[b + 1]), slice(own.start, own.stop))
+                for a, b in _without_gaps(rows)
+            ]
+    # in the last layer only the end of a prompt looks, at itself, and at the others as a completion does
+    ends = [Crossing(slice(own.stop - 1, own.stop), slice(own.start, own.stop - 1)) for own in shared if len(own) > 1]
+    return (
+        Layout(tuple(_tables([*runs, *([own] for own in shared)], device)), tuple(crossings), is_full=True),
+        Layout(tuple(_tables([*runs, *([own[-1:]] for own in shared)], device)), (*crossings, *ends), is_full=False),
+    )
 
 
 def _starts(lengths: Sequence[int]) -> list[int]:
@@ -165,10 +197,6 @@ def _starts(lengths: Sequence[int]) -> list[int]:
     for length in lengths:
         starts.append(starts[-1] + length)
     return starts
-
-
-def _ramps(starts: Sequence[int], lengths: Sequence[int]) -> list[int]:
-    return [start + i for start, length in zip(starts, lengths, strict=True) for i in range(length)]
 
 
 def _without_gaps(rows: Sequence[int]) -> list[tuple[int, int]]:

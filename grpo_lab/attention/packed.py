@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from grpo_lab.attention.layout import Crossing, Layout, PackedBatch, Segments
+from grpo_lab.attention.varlen import VarlenLayout, varlen_attention
 
 flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -47,9 +48,13 @@ class PackedAttention:
         """The attention of the last layer: right where logits are needed, finite elsewhere."""
         return self._attend(query, key, value, self.packed.last, scaling)
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, layout: Layout, scaling: float) -> Tensor:
+    def _attend(
+        self, query: Tensor, key: Tensor, value: Tensor, layout: Layout | VarlenLayout, scaling: float
+    ) -> Tensor:
         self.num_calls += 1
         q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # [L, H, D]
+        if isinstance(layout, VarlenLayout):
+            return varlen_attention(q, k, v, layout, scaling)[None]
         return _PackedFunction.apply(q, k, v, layout, scaling)[None]  # type: ignore[no-any-return]
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from grpo_lab.attention.adapters import adapt
 from grpo_lab.attention.fused import fuse, unfuse
 from grpo_lab.attention.interface import NAME, NotPackableError
 from grpo_lab.attention.last_layer import cut, predicted_states
@@ -50,8 +51,10 @@ def _try(model: nn.Module) -> str | None:
     base: Any = model if isinstance(model, PreTrainedModel) else model.get_base_model()  # type: ignore[operator]
     config = base.config.get_text_config()
     device, dtype = base.device, base.dtype
-    if device.type != "cpu":
-        return f"the packed pass is written for the CPU, and the model is on {device.type}"
+    if device.type not in ("cpu", "cuda"):
+        return f"the packed pass is written for CPUs and CUDA, and the model is on {device.type}"
+    if device.type == "cuda" and dtype != torch.bfloat16:
+        return f"on a GPU the packed pass needs model.dtype: bfloat16, and its weights are {dtype}"
     if dtype not in _TOLERANCE:
         return f"its weights are {dtype}"
     if config._attn_implementation not in ("sdpa", NAME):
@@ -77,11 +80,13 @@ def _compared(model: nn.Module, base: Any) -> str | None:
     training = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        batch = _small_batch(base.config.get_text_config().vocab_size)
+        batch = _small_batch(base.config.get_text_config().vocab_size, base.device)
         unfuse(base)  # a copy of a fused model
         theirs = torch.cat([_plain_logits(model, batch, row) for row in range(batch.num_rows)]).float()
-        if base.dtype == torch.float32:
+        if base.dtype == torch.float32 or base.device.type == "cuda":
             fuse(base)
+        if base.device.type == "cuda":
+            adapt(base)
         decoder, head = parts(model)
         cut(decoder)
         packed = PackedBatch.of(batch)
@@ -101,7 +106,7 @@ def _compared(model: nn.Module, base: Any) -> str | None:
     return None
 
 
-def _small_batch(vocab_size: int) -> Batch:
+def _small_batch(vocab_size: int, device: torch.device) -> Batch:
     ids = iter(range(17, 17 + 1000, 7))
 
     def some(length: int) -> list[int]:
@@ -110,11 +115,11 @@ def _small_batch(vocab_size: int) -> Batch:
     prompt_ids, prompt_mask = pad_left([some(length) for length in _PROMPTS], 0)
     completions = [some(length) for _, length in _ANSWERS]
     return Batch(
-        prompt_ids=prompt_ids,
-        prompt_mask=prompt_mask,
-        prompt_index=torch.tensor([prompt for prompt, _ in _ANSWERS]),
-        completion_ids=pad_right(completions, 0, torch.long),
-        completion_mask=length_mask([len(row) for row in completions]),
+        prompt_ids=prompt_ids.to(device),
+        prompt_mask=prompt_mask.to(device),
+        prompt_index=torch.tensor([prompt for prompt, _ in _ANSWERS], device=device),
+        completion_ids=pad_right(completions, 0, torch.long).to(device),
+        completion_mask=length_mask([len(row) for row in completions]).to(device),
     )
 
 

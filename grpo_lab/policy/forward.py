@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from grpo_lab.algorithm.linear_logps import LOGITS_HELD, linear_logps
+from grpo_lab.algorithm.linear_logps import LOGITS_HELD
 from grpo_lab.algorithm.logps import entropy, selected_logps
 from grpo_lab.attention.interface import NotPackableError
 from grpo_lab.attention.last_layer import predicted_states
@@ -18,8 +18,9 @@ from grpo_lab.attention.probe import parts, why_plain
 from grpo_lab.types import Batch, LogpsAndEntropy, Policy
 
 # The most tokens whose activations are held for the backward pass, if no micro-batch size is given: of completions, and
-# of prompts that have one each. More would be no faster.
+# of prompts that have one each. More would be no faster; a GPU needs more to be busy.
 TOKENS_HELD = 4096
+TOKENS_HELD_ON_GPU = 16384
 
 
 class PolicyForward(nn.Module):
@@ -75,15 +76,17 @@ class PolicyForward(nn.Module):
         if size is not None:
             return [(start, min(start + size, batch.num_rows)) for start in range(0, batch.num_rows, size)]
         vocabulary = self.model.get_output_embeddings().weight.shape[0]
-        tokens = batch.completion_mask.sum(1)
+        tokens, most, most_logits = batch.completion_mask.sum(1), TOKENS_HELD, LOGITS_HELD // vocabulary
         if not self.packed or why_plain(self.model) is not None:
             tokens = torch.full_like(tokens, batch.completion_ids.shape[1])
+        elif tokens.is_cuda:  # logits are bounded there by themselves
+            most, most_logits = TOKENS_HELD_ON_GPU, TOKENS_HELD_ON_GPU
         prompts = batch.prompt_mask.sum(1).tolist()
         cuts, held, logits = [0], 0, 0
         for start, stop in batch.groups():
             own = int(tokens[start:stop].sum())
             read = prompts[int(batch.prompt_index[start])] if stop - start == 1 else 0
-            if held > 0 and (held + own + read > TOKENS_HELD or logits + own > LOGITS_HELD // vocabulary):
+            if held > 0 and (held + own + read > most or logits + own > most_logits):
                 cuts.append(start)
                 held = logits = 0
             held, logits = held + own + read, logits + own
@@ -101,6 +104,10 @@ def packed_forward(model: nn.Module, batch: Batch, *, temperature: float) -> Log
         raise NotPackableError(reason)
     packed = PackedBatch.of(batch)
     decoder, head = parts(model)
+    if packed.ids.is_cuda:
+        from grpo_lab.kernels.head import linear_logps  # Triton, which comes with torch there
+    else:
+        from grpo_lab.algorithm.linear_logps import linear_logps
     out = linear_logps(
         predicted_states(decoder, PackedAttention(packed)),
         head.weight,

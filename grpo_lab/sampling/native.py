@@ -8,10 +8,12 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from grpo_lab.attention.interface import NotPackableError
+from grpo_lab.attention.layout import on_gpu
 from grpo_lab.attention.probe import why_plain
 from grpo_lab.padding import pad_left
 from grpo_lab.sampling.decoding import Decoding, Listener, draw, group_noise
 from grpo_lab.sampling.shared import SharedPromptDecoder
+from grpo_lab.sampling.static import Slots, StaticDecoder
 from grpo_lab.types import Completion, Example, Group, Policy
 
 
@@ -21,6 +23,7 @@ class NativeSampler:
     def __init__(self, policy: Policy, decoding: Decoding) -> None:
         self.policy = policy
         self.decoding = decoding
+        self._slots: Slots | None = None  # on a GPU: what the next call can use again
 
     def sync(self, policy: Policy) -> None:
         """Nothing to copy: the sampler uses the trained weights themselves."""
@@ -60,7 +63,12 @@ class NativeSampler:
         num_rows = len(noise)
         slots = min(num_rows, self.decoding.max_rows or num_rows)
         of_prompt = [prompt for prompt in range(len(prompts)) for _ in range(num_generations)]
-        decoder = SharedPromptDecoder(self.policy, self.decoding, prompts, slots)
+        decoder: SharedPromptDecoder | StaticDecoder
+        if on_gpu(next(self.policy.model.parameters()).device):
+            decoder = StaticDecoder(self.policy, self.decoding, prompts, slots, self._slots)
+            self._slots = decoder.slots
+        else:
+            decoder = SharedPromptDecoder(self.policy, self.decoding, prompts, slots)
         done: dict[int, Completion] = {}
         try:
             for ended in decoder.decode(of_prompt, noise):

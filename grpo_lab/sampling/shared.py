@@ -17,7 +17,7 @@ from grpo_lab.sampling.decoding import Decoding, draw
 from grpo_lab.types import Policy
 
 # Rows wait until this share of the slots is free: each admission computes prompts and lays the table anew.
-_ADMIT_AT = 8
+ADMIT_AT = 8
 
 
 @dataclass
@@ -58,7 +58,7 @@ class SharedPromptDecoder:
         waiting = deque(range(len(self.rows)))
         while waiting or self.slots:
             free = self.num_slots - len(self.slots)
-            if waiting and (not self.slots or free * _ADMIT_AT >= self.num_slots):
+            if waiting and (not self.slots or free * ADMIT_AT >= self.num_slots):
                 yield self._admit([waiting.popleft() for _ in range(min(free, len(waiting)))])
             if self.slots:
                 yield self._step()

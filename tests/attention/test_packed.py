@@ -6,11 +6,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from grpo_lab.attention.layout import PackedBatch, spread
+from grpo_lab.attention.layout import Layout, PackedBatch, spread
 from grpo_lab.attention.probe import parts, why_plain
+from grpo_lab.attention.varlen import VarlenLayout
 from grpo_lab.batching import pad_rows
 from grpo_lab.policy.forward import PolicyForward, learn_without_dropout, packed_forward, plain_forward
 
+AS_ON_GPU = "as on a GPU"
 GPT2 = {"model_type": "gpt2", "n_embd": 32, "n_head": 4, "n_layer": 2, "n_positions": 64}
 PACKED = {
     "llama": {},  # rotary positions, grouped queries, untied
@@ -45,8 +47,20 @@ ROWS = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def _place(request):
+    if hasattr(request.node, "callspec") and request.node.callspec.params.get("place") == AS_ON_GPU:
+        request.getfixturevalue("as_on_gpu")
+
+
 def batch_of(policy, rows=ROWS, prompts=PROMPTS):
     return pad_rows(prompts, [prompt for prompt, _ in rows], [completion for _, completion in rows], policy)
+
+
+def shuffled(batch):
+    order = torch.tensor([4, 0, 6, 1, 5, 9, 8, 3, 2, 7])
+    names = ("prompt_index", "completion_ids", "completion_mask")
+    return replace(batch, **{name: getattr(batch, name)[order] for name in names}), order
 
 
 def outcome(forward, policy, batch, *, temperature=0.7):
@@ -66,13 +80,15 @@ def plain(model, batch, *, temperature):
     return plain_forward(model, batch, temperature=temperature, entropy_gradient=True)
 
 
+@pytest.mark.parametrize("place", ["cpu", AS_ON_GPU])
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("family", PACKED)
-def test_the_packed_pass_equals_the_plain_one_with_its_gradients(make_policy, family, checkpointing):
+def test_the_packed_pass_equals_the_plain_one_with_its_gradients(make_policy, family, checkpointing, place):
     policy = make_policy(gradient_checkpointing=checkpointing, **PACKED[family])
     policy.model.double()
     learn_without_dropout(policy.model)
     batch = batch_of(policy)
+    assert isinstance(PackedBatch.of(batch).layout, VarlenLayout if place == AS_ON_GPU else Layout)
     expected = outcome(plain, policy, batch)
     assert why_plain(policy.model) is None
     logps, entropy, gradients = outcome(packed_forward, policy, batch)
@@ -83,6 +99,29 @@ def test_the_packed_pass_equals_the_plain_one_with_its_gradients(make_policy, fa
     assert gradients.keys() == expected[2].keys()
     for name, gradient in gradients.items():
         assert float((gradient - expected[2][name]).norm() / size) < tolerance, name
+
+
+def test_on_a_gpu_rows_that_are_not_in_the_order_of_their_prompts_are_computed_plainly(make_policy, as_on_gpu):
+    policy = make_policy()
+    batch = batch_of(policy)
+    mixed, order = shuffled(batch)
+    forward = PolicyForward(policy.model, temperature=1.0)
+    out = forward(mixed)
+    assert forward.plain_because == "rows are not in the order of their prompts"
+    mask = mixed.completion_mask
+    torch.testing.assert_close(out.logps[mask], forward(batch).logps[order][mask], atol=1e-5, rtol=0)
+    assert forward.plain_because is None
+
+
+def test_the_layout_for_a_gpu_names_each_token_once_and_each_prompt_beside_its_answers(make_policy, as_on_gpu):
+    layout = PackedBatch.of(batch_of(make_policy())).layout
+    lengths = [len(completion) for _, completion in ROWS]
+    assert layout.own.starts.diff().tolist() == [7, 1, 3, 2, 0, 0, *lengths]  # two prompts that nobody answers
+    assert layout.own.longest == 21
+    assert layout.num_prompt_tokens == int(layout.prompts.starts[-1]) == 13
+    assert layout.prompts.starts.diff().tolist() == [7, 1, 3, 2, 0, 0]
+    assert layout.answers.starts.diff().tolist() == [29, 5, 5, 1, 0, 0]
+    assert layout.answers.longest == 29
 
 
 def test_a_pass_in_parts_that_cut_groups_is_the_same(make_policy):
@@ -195,13 +234,7 @@ def test_rows_of_one_prompt_that_do_not_stand_together_are_still_its_rows(make_p
     policy = make_policy()
     policy.model.double().eval()
     batch = batch_of(policy)
-    order = torch.tensor([4, 0, 6, 1, 5, 9, 8, 3, 2, 7])
-    mixed = replace(
-        batch,
-        prompt_index=batch.prompt_index[order],
-        completion_ids=batch.completion_ids[order],
-        completion_mask=batch.completion_mask[order],
-    )
+    mixed, order = shuffled(batch)
     expected = packed_forward(policy.model, batch, temperature=1.0).logps[order]
     torch.testing.assert_close(packed_forward(policy.model, mixed, temperature=1.0).logps, expected, atol=1e-12, rtol=0)
 

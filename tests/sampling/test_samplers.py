@@ -28,8 +28,15 @@ FAMILIES = {
         "attn_logit_softcapping": 5.0,
     },
 }
-SAMPLERS = {"native": NativeSampler, "hf": HfSampler}
+AS_ON_GPU = "native, as on a GPU"
+SAMPLERS = {"native": NativeSampler, AS_ON_GPU: NativeSampler, "hf": HfSampler}
 either = pytest.mark.parametrize("kind", SAMPLERS)
+
+
+@pytest.fixture(autouse=True)
+def _place(request):
+    if hasattr(request.node, "callspec") and request.node.callspec.params.get("kind") == AS_ON_GPU:
+        request.getfixturevalue("as_on_gpu")
 
 
 def ids(groups):
@@ -53,7 +60,7 @@ def watch(policy, tell):
     mlp.register_forward_pre_hook(lambda _module, args: tell(tuple(args[0].shape[:2])))
 
 
-@either
+@pytest.mark.parametrize("kind", ["native", "hf"])
 def test_both_are_samplers_and_found_by_name(tiny_policy, kind):
     sampler = make_sampler(kind, tiny_policy, Decoding(4))
     assert type(sampler) is SAMPLERS[kind]
