@@ -80,8 +80,6 @@ def case(arguments: argparse.Namespace, engine: str, name: str, kind: str) -> di
     from grpo_lab.types import Example
 
     on_gpu = torch.cuda.is_available()
-    if on_gpu:
-        torch.cuda.reset_peak_memory_stats()
     shape, lora = SHAPES[name], Lora(r=RANK) if kind == "lora" else None
     words = {"<eos>": 0, **{f"w{index}": index for index in range(1, shape["vocab"])}}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<eos>"))
@@ -94,20 +92,6 @@ def case(arguments: argparse.Namespace, engine: str, name: str, kind: str) -> di
     examples = [
         Example(str(index), " ".join(f"w{token}" for token in ids), tuple(ids), {}) for index, ids in enumerate(prompts)
     ]
-    stage = GrpoStage.model_validate(
-        {
-            "kind": "grpo",
-            "engine": engine,
-            "data": {"source": "task", "path": "addition", "prompt": "prompt"},
-            "steps": arguments.steps + 1,  # the first one compiles kernels and makes the optimiser's state
-            "optimizer": {"learning_rate": 1e-9},
-            "sampling": {"num_generations": arguments.generations, "max_completion_length": arguments.limit},
-            "rewards": [{"name": "length", "options": {"target": 40}}],
-            "algorithm": {"preset": "grpo", "beta": 0.0},
-            "prompts_per_step": arguments.prompts,
-            "micro_batch_size": arguments.trl_rows if engine == "trl" else None,
-        }
-    )
     stream = PromptStream(examples, arguments.prompts, seed=0)
     steps: list[dict[str, float]] = []
 
@@ -124,12 +108,34 @@ def case(arguments: argparse.Namespace, engine: str, name: str, kind: str) -> di
         )
         print(f"{engine} {name} {kind}: " + json.dumps(steps[-1]), file=sys.stderr)  # noqa: T201
 
-    with tempfile.TemporaryDirectory() as output:
-        settings = Model(path=output, dtype="bfloat16", lora=lora)
+    def train(num_steps: int, limit: int) -> None:
+        stage = GrpoStage.model_validate(
+            {
+                "kind": "grpo",
+                "engine": engine,
+                "data": {"source": "task", "path": "addition", "prompt": "prompt"},
+                "steps": num_steps,
+                "optimizer": {"learning_rate": 1e-9},
+                "sampling": {"num_generations": arguments.generations, "max_completion_length": limit},
+                "rewards": [{"name": "length", "options": {"target": 40}}],
+                "algorithm": {"preset": "grpo", "beta": 0.0},
+                "prompts_per_step": arguments.prompts,
+                "micro_batch_size": arguments.trl_rows if engine == "trl" else None,
+            }
+        )
         rewards = bind(stage.rewards, discover())
-        run(engine, stage, policy, stream, rewards, seed=0, folder=Path(output), model=settings, report=report)
+        with tempfile.TemporaryDirectory() as output:
+            settings = Model(path=output, dtype="bfloat16", lora=lora)
+            run(engine, stage, policy, stream, rewards, seed=0, folder=Path(output), model=settings, report=report)
+
+    train(1, limit=16)  # loads libraries and compiles kernels
+    steps.clear()
+    gc.collect()
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    train(arguments.trl_steps if engine == "trl" else arguments.steps, limit=arguments.limit)
     peak = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else math.nan
-    return {"engine": engine, "model": name, "kind": kind, "steps": steps[1:], "peak_gib": peak}
+    return {"engine": engine, "model": name, "kind": kind, "steps": steps, "peak_gib": peak}
 
 
 def needed_tflop(shape: dict[str, int], prompts: list[int], lengths: list[list[int]], *, adapter: bool) -> float:
@@ -228,7 +234,10 @@ def main() -> None:
     parser.add_argument("--mean-length", type=float, default=200.0, help="what completions would average unlimited")
     parser.add_argument("--prompts", type=int, default=8, help="P, prompts per step")
     parser.add_argument("--generations", type=int, default=8, help="G, completions per prompt")
-    parser.add_argument("--steps", type=int, default=3, help="steps of each case, after one that is not counted")
+    parser.add_argument(
+        "--steps", type=int, default=4, help="steps of each case, after a short one that is not counted"
+    )
+    parser.add_argument("--trl-steps", type=int, default=2, help="TRL's, whose steps take ten times as long")
     parser.add_argument("--trl-rows", type=int, default=16, help="TRL's per_device_train_batch_size")
     parser.add_argument("--json", type=Path, help="also write everything measured to this file")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
@@ -246,12 +255,12 @@ def main() -> None:
                     results["cases"].append(message)
                 else:
                     results |= message
+                if arguments.json:  # after every case: device time may end before the rest
+                    arguments.json.write_text(json.dumps(results, indent=1) + "\n")
         if process.returncode:
             raise SystemExit(f"{engine} ended with {process.returncode}; its error stands above")
     print(f"{results['machine']}, torch {results['torch']}, products {results['matmul_tflops']:.0f} TFLOP/s")  # noqa: T201
     print("\n".join(table(results["cases"], arguments.engines)))  # noqa: T201
-    if arguments.json:
-        arguments.json.write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

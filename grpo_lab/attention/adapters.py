@@ -6,9 +6,10 @@ the inputs' dtype, with float32 sums; the adapter and its gradients stay float32
 """
 
 import copy
+from collections.abc import Sequence
 from functools import partial
 from types import MethodType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -17,26 +18,34 @@ from torch import Tensor, nn
 from grpo_lab.attention.fused import given, same, some
 
 
+class Low(NamedTuple):
+    """An adapter's scale * A [r, I] and B [V, r] in the dtype of the inputs, and the two that they were made of."""
+
+    scaled_a: Tensor
+    b: Tensor
+    made_of: tuple[Tensor, Tensor]
+
+
 class _AdaptedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float, low: Low
+    ) -> Tensor:
         rows = x.flatten(0, -2)
-        down, up = a.to(x.dtype), b.to(x.dtype)
-        inner = rows @ down.T
-        out = nn.functional.linear(rows, weight, bias).addmm_(inner, up.T, alpha=scale)
-        ctx.save_for_backward(rows, weight, down, up, inner)
-        ctx.shape, ctx.scale, ctx.dtype = x.shape, scale, a.dtype
+        inner = rows @ low.scaled_a.T
+        out = nn.functional.linear(rows, weight, bias).addmm_(inner, low.b.T)
+        ctx.save_for_backward(rows, weight, inner)
+        ctx.shape, ctx.scale, ctx.low = x.shape, scale, low
         return out.view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        rows, weight, down, up, inner = ctx.saved_tensors
-        grad = grad.flatten(0, -2)
-        d_inner = (grad @ up).mul_(ctx.scale)
-        d_x = (grad @ weight).addmm_(d_inner, down).view(ctx.shape) if ctx.needs_input_grad[0] else None
-        d_a = _product(d_inner.T, rows, ctx.dtype)
-        d_b = _product(grad.T, inner, ctx.dtype).mul_(ctx.scale)
-        return d_x, None, None, d_a, d_b, None
+        rows, weight, inner = ctx.saved_tensors
+        grad, low = grad.flatten(0, -2), ctx.low
+        d_inner = grad @ low.b
+        d_x = (grad @ weight).addmm_(d_inner, low.scaled_a).view(ctx.shape) if ctx.needs_input_grad[0] else None
+        d_a = _wide_product(d_inner.T, rows).mul_(ctx.scale)
+        return d_x, None, None, d_a, _wide_product(grad.T, inner), None, None
 
 
 def adapted_linear(
@@ -46,29 +55,63 @@ def adapted_linear(
     a: Float[Tensor, "r I"],
     b: Float[Tensor, "V r"],
     scale: float,
+    low: Low | None = None,
 ) -> Float[Tensor, "*n V"]:
-    """x W^T + b + scale (x A^T) B^T, with gradients for x, A and B; the weight and its bias have none."""
-    return _AdaptedLinear.apply(x, weight, bias, a, b, scale)  # type: ignore[no-any-return, no-untyped-call]
+    """x W^T + b + scale (x A^T) B^T, with gradients for x, A and B; the weight and its bias have none.
+
+    `low`: A and B in the dtype of x, if they are there already.
+    """
+    low = low or Low((scale * a).to(x.dtype), b.to(x.dtype), (a, b))
+    return _AdaptedLinear.apply(x, weight, bias, a, b, scale, low)  # type: ignore[no-any-return, no-untyped-call]
 
 
-def _product(one: Tensor, other: Tensor, dtype: torch.dtype) -> Tensor:
-    """A product as its sums are, where the device has it so."""
-    if one.is_cuda and one.dtype != dtype == torch.float32:
-        return torch.mm(one, other, out_dtype=dtype)
-    return (one @ other).to(dtype)
+def _wide_product(one: Tensor, other: Tensor) -> Tensor:
+    """A product as its sums are, float32, where the device gives them so."""
+    if one.is_cuda and one.dtype == torch.bfloat16:
+        return torch.mm(one, other, out_dtype=torch.float32)
+    return (one @ other).to(torch.promote_types(one.dtype, torch.float32))
 
 
-def adapt(model: nn.Module) -> None:
-    """Have a model's adapted layers compute as above, where they are of the usual kind and nothing but rounding changes."""
-    same: dict[tuple[Any, ...], bool] = {}
+class Lows:
+    """The adapters of a model in the dtype of its weights, written anew, all at once, whenever its decoder is called."""
+
+    @torch.inference_mode(False)  # a model may first be used while it samples
+    def __init__(self, modules: Sequence[Any], dtype: torch.dtype) -> None:
+        names = [next(iter(module.lora_A)) for module in modules]
+        self.a = [module.lora_A[name].weight for module, name in zip(modules, names, strict=True)]
+        self.b = [module.lora_B[name].weight for module, name in zip(modules, names, strict=True)]
+        self.scales = [float(module.scaling[name]) for module, name in zip(modules, names, strict=True)]
+        self.scaled_a, self.low_b = ([torch.empty_like(t, dtype=dtype) for t in which] for which in (self.a, self.b))
+        for module, scaled_a, low_b, *made_of in zip(modules, self.scaled_a, self.low_b, self.a, self.b, strict=True):
+            module.low = Low(scaled_a, low_b, tuple(made_of))
+
+    @torch.no_grad()
+    def __call__(self, *_: Any) -> None:
+        scaled = torch._foreach_mul(self.a, self.scales)
+        torch._foreach_copy_([*self.scaled_a, *self.low_b], [*scaled, *self.b])
+
+
+def adapt(model: nn.Module, decoder: nn.Module) -> None:
+    """Have a model's adapted layers compute as above, where they are of the usual kind and nothing but rounding changes.
+
+    `decoder`: the module through which all of them are called.
+    """
+    hooks = decoder._forward_pre_hooks
+    for key in [key for key, hook in hooks.items() if isinstance(hook, Lows)]:  # of the model that this is a copy of
+        del hooks[key]
+    same_as_peft: dict[tuple[Any, ...], bool] = {}
+    given_to = []
     for module in model.modules():
         if _is_plain(module):
             (name,) = module.lora_A
             kind = type(module.lora_dropout[name]), module.scaling[name]
-            if kind not in same:
-                same[kind] = _same_as_peft(module)
-            if same[kind]:
+            if kind not in same_as_peft:
+                same_as_peft[kind] = _same_as_peft(module)
+            if same_as_peft[kind]:
                 module.forward = MethodType(_forward, module)
+                given_to.append(module)
+    if given_to:
+        decoder.register_forward_pre_hook(Lows(given_to, given_to[0].base_layer.weight.dtype))
 
 
 def _is_plain(module: Any) -> bool:
@@ -89,7 +132,10 @@ def _forward(self: Any, x: Tensor, *args: Any, **options: Any) -> Tensor:
     if args or options or drops or self.disable_adapters or self.merged or list(self.active_adapters) != [name]:
         return type(self).forward(self, x, *args, **options)  # type: ignore[no-any-return]
     base, a, b = self.base_layer, self.lora_A[name].weight, self.lora_B[name].weight
-    return adapted_linear(x, base.weight, base.bias, a, b, self.scaling[name])
+    low = vars(self).get("low")
+    if low is not None and (low.b.dtype != x.dtype or low.made_of[0] is not a or low.made_of[1] is not b):
+        low = None
+    return adapted_linear(x, base.weight, base.bias, a, b, self.scaling[name], low)
 
 
 @torch.inference_mode(False)  # a model may first be used while it samples
@@ -106,5 +152,6 @@ def _same_as_peft(module: Any) -> bool:
     for inner in ("lora_A", "lora_B"):
         linears[inner].bias = None
         linears[inner] = nn.ModuleDict({name: linears[inner]})  # type: ignore[assignment]
+    vars(small).pop("low", None)
     small._modules = {**module._modules, **linears}
     return same(partial(type(module).forward, small), partial(_forward, small), some(3, 8))

@@ -102,6 +102,17 @@ def flash_cached(
     )[0]  # fmt: skip
 
 
+def _join(out: Tensor, part: Tensor, lse: Tensor, part_lse: Tensor) -> None:
+    """Join attention over some keys with that over others, in place; out and part [n, H, D], their lse [H, n]."""
+    if out.is_cuda:
+        from grpo_lab.kernels import layers
+
+        layers.join_(out, part, lse, part_lse)
+        return
+    out.lerp_(part, torch.sigmoid(part_lse - lse).T[..., None].to(out.dtype))  # exp(lse_1) / (exp(lse_1) + exp(lse_2))
+    lse.copy_(torch.logaddexp(lse, part_lse))
+
+
 class _VarlenFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, layout: VarlenLayout, scaling: float) -> Tensor:
@@ -111,11 +122,8 @@ class _VarlenFunction(torch.autograd.Function):
             part, part_lse = flash(
                 q[first:], k[:first], v[:first], layout.answers, layout.prompts, causal=False, scaling=scaling
             )
-            own_lse = lse[:, first:]
-            share = torch.sigmoid(part_lse - own_lse).T[..., None]  # exp(lse_1) / (exp(lse_1) + exp(lse_2))
-            wide = torch.promote_types(out.dtype, torch.float32)
-            out[first:] = torch.lerp(out[first:].to(wide), part.to(wide), share)
-            lse[:, first:] = torch.logaddexp(own_lse, part_lse)
+            out = out.contiguous()
+            _join(out[first:], part, lse[:, first:], part_lse)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.layout, ctx.scaling = layout, scaling
         return out

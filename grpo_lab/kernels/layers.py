@@ -1,4 +1,4 @@
-"""Rotary positions, gated MLPs and the gradient of RMS norms in one pass. Sums are float32 whatever the tensors' dtype."""
+"""Rotary positions, gated MLPs, joined attention, the gradient of RMS norms: each in one pass. Sums are float32 whatever the tensors' dtype."""
 
 import torch
 import triton
@@ -55,6 +55,41 @@ def _rotate(  # type: ignore[no-untyped-def]
     else:
         tl.store(target, x_1 * cos_1 - x_2 * sin_1, mask=inside)
         tl.store(target + half, x_2 * cos_2 + x_1 * sin_2, mask=inside)
+
+
+@triton.jit
+def _join(  # type: ignore[no-untyped-def]
+    out, part, lse, part_lse, heads, size, stride, part_stride, HEADS: tl.constexpr, SIZE: tl.constexpr
+):
+    token = tl.program_id(0).to(tl.int64)
+    head, column = tl.arange(0, HEADS), tl.arange(0, SIZE)[None, :]
+    one = tl.load(lse + head * stride + token, mask=head < heads, other=0.0)
+    other = tl.load(part_lse + head * part_stride + token, mask=head < heads, other=0.0)
+    higher = tl.maximum(one, other)
+    tl.store(
+        lse + head * stride + token,
+        higher + tl.log(tl.exp(one - higher) + tl.exp(other - higher)),
+        mask=head < heads,
+    )
+    share = tl.sigmoid(other - one)[:, None]
+    at = (token * heads + head[:, None]) * size + column
+    inside = (head[:, None] < heads) & (column < size)
+    y = tl.load(out + at, mask=inside).to(tl.float32)
+    z = tl.load(part + at, mask=inside).to(tl.float32)
+    tl.store(out + at, y + share * (z - y), mask=inside)
+
+
+def join_(
+    out: Float[Tensor, "n H D"], part: Float[Tensor, "n H D"], lse: Float[Tensor, "H n"], part_lse: Float[Tensor, "H n"]
+) -> None:
+    """Join attention over some keys with that over others, in place: `out` and `lse` become those of all keys."""
+    tokens, heads, size = out.shape
+    assert out.is_contiguous()
+    part = part.contiguous()
+    _join[(tokens,)](
+        out, part, lse, part_lse, heads, size, lse.stride(0), part_lse.stride(0),
+        HEADS=triton.next_power_of_2(heads), SIZE=triton.next_power_of_2(size),
+    )  # fmt: skip
 
 
 @triton.jit

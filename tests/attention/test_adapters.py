@@ -8,6 +8,7 @@ import torch
 from grpo_lab.attention import adapters
 from grpo_lab.attention.adapters import adapt, adapted_linear
 from grpo_lab.attention.fused import unfuse
+from grpo_lab.attention.probe import parts
 from grpo_lab.policy.adapter import attach
 from grpo_lab.recipe.schema import Lora
 
@@ -45,12 +46,12 @@ def test_logits_and_gradients_are_peft_s(adapted, monkeypatch, family, options):
         if hasattr(module, "lora_A"):
             module.lora_A.double(), module.lora_B.double()
     logits, gradients = outcome(model)
-    adapt(model)
+    adapt(model, parts(model).decoder)
     assert given(model) == 14
     calls = []
-    monkeypatch.setattr(adapters, "adapted_linear", lambda *given: (calls.append(given), adapted_linear(*given))[1])
+    monkeypatch.setattr(adapters, "adapted_linear", lambda *given: (calls.append(given[-1]), adapted_linear(*given))[1])
     ours, our_gradients = outcome(model)
-    assert len(calls) == 14
+    assert [low.b.dtype for low in calls] == [torch.float64] * 14
     torch.testing.assert_close(ours, logits, atol=1e-10, rtol=1e-10)
     assert our_gradients.keys() == gradients.keys()
     for name, gradient in our_gradients.items():
@@ -70,14 +71,14 @@ def test_the_gradient_of_a_layer_is_that_of_finite_differences():
 @pytest.mark.parametrize("options", [{"dora": True}, {"bias": "lora_only"}, {"bias": "all"}])
 def test_an_adapter_of_another_kind_is_left_to_peft(adapted, options):
     model = adapted("qwen2", **options)  # the query, key and value layers have biases, which learn here
-    adapt(model)
+    adapt(model, parts(model).decoder)
     assert given(model) == (0 if options.get("dora") else 8)
 
 
 def test_dropout_a_disabled_adapter_and_a_merged_one_are_as_in_peft(adapted):
     model = adapted(dropout=0.5)
     theirs = copy.deepcopy(model)
-    adapt(model)
+    adapt(model, parts(model).decoder)
     ids = torch.arange(5, 11)[None]
 
     def both():
@@ -106,10 +107,36 @@ def test_dropout_a_disabled_adapter_and_a_merged_one_are_as_in_peft(adapted):
     assert torch.equal(*both())
 
 
+def test_after_a_step_the_adapter_is_the_new_one(adapted):
+    model = adapted()
+    adapt(model, parts(model).decoder)
+    before = outcome(model)[0]
+    torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3).step()
+    after = outcome(model)[0]
+    unfuse(model)
+    torch.testing.assert_close(outcome(model)[0], after, atol=1e-6, rtol=1e-6)
+    assert not torch.allclose(before, after, atol=1e-4)
+
+
+def test_weights_that_were_put_in_another_s_place_are_used(adapted):
+    model = adapted()
+    adapt(model, parts(model).decoder)
+    outcome(model)
+    for module in model.modules():
+        if hasattr(module, "lora_A"):
+            module.lora_B["default"].weight = torch.nn.Parameter(torch.zeros_like(module.lora_B["default"].weight))
+    ours = outcome(model)[0]
+    with model.disable_adapter():
+        torch.testing.assert_close(ours, model(input_ids=torch.arange(5, 17).view(2, 6)).logits, atol=1e-9, rtol=1e-9)
+
+
 def test_a_copy_goes_its_own_way_with_its_own_weights(adapted):
     model = adapted()
-    adapt(model)
+    adapt(model, parts(model).decoder)
+    outcome(model)
     other = copy.deepcopy(model)
+    adapt(other, parts(other).decoder)  # again, as where a copy is tried
+    assert len(parts(other).decoder._forward_pre_hooks) == 1
     with torch.no_grad():
         for name, parameter in other.named_parameters():
             if "lora_B" in name:

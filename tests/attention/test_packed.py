@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from grpo_lab.attention.layout import Layout, PackedBatch, spread
+from grpo_lab.attention.packed import PackedAttention
 from grpo_lab.attention.probe import parts, why_plain
 from grpo_lab.attention.varlen import VarlenLayout
 from grpo_lab.batching import pad_rows
@@ -145,6 +146,21 @@ def test_a_model_that_cannot_be_proved_equal_is_computed_plainly_and_says_why(ma
     assert policy.model.config.get_text_config()._attn_implementation != "grpo_lab"
     expected = plain_forward(policy.model, batch, temperature=1.0)
     assert torch.equal(out.logps, expected.logps)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2"])
+def test_in_bfloat16_rounding_is_told_from_another_attention(make_policy, monkeypatch, family):
+    """Measured by what the model's own eager attention changes."""
+    assert why_plain(make_policy(dtype="bfloat16", **PACKED[family]).model) is None
+    attend = PackedAttention.attend
+
+    def wrong(self, *tensors, scaling):
+        return attend(self, *tensors, scaling=1.2 * scaling)
+
+    monkeypatch.setattr(PackedAttention, "attend", wrong)
+    reason = why_plain(make_policy(dtype="bfloat16", **PACKED[family]).model)
+    assert "a packed pass gives other logits" in reason
+    assert "where eager attention's differ by 0.0" in reason
 
 
 def test_a_text_longer_than_the_window_is_computed_plainly_and_a_shorter_one_is_not(make_policy):

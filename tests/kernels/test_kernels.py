@@ -80,6 +80,21 @@ def test_gated_and_its_gradients_are_the_cpu_s(dtype):
 
 
 @dtypes
+def test_attention_over_two_sets_of_keys_is_joined_in_place(dtype):
+    """Also where one of them has all the weight; the log-sum-exps are a part of a wider table."""
+    (out, out_), (part, part_) = (some(4, 3, 12, dtype=dtype, seed=seed) for seed in range(2))
+    (wide, wide_), (other, other_) = some(3, 7, seed=2), some(3, 4, seed=3)
+    for each in (other, other_):
+        each[0, 0], each[1, 1] = 90.0, -90.0
+    share = torch.sigmoid(other - wide[:, 3:]).T[..., None]
+    expected = out + share * (part - out)
+    lse = torch.cat([wide[:, :3], torch.logaddexp(wide[:, 3:], other)], 1)
+    layers.join_(out_, part_, wide_[:, 3:], other_)
+    torch.testing.assert_close(out_.float().cpu(), expected, **CLOSE[dtype])
+    torch.testing.assert_close(wide_.cpu(), lse)
+
+
+@dtypes
 @pytest.mark.parametrize("programs", [3, 512])
 def test_the_gradient_of_a_norm_is_the_cpu_s(monkeypatch, dtype, programs):
     """Also where a program adds up several rows; 300 columns are no power of two."""
