@@ -8,10 +8,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import httpx2  # what the hub's client is made of
 import torch
 from huggingface_hub import CommitOperationAdd, HfApi
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HfHubHTTPError, HTTPError  # the latter of what the hub's client is made of
 
 from grpo_lab.card import model_card
 from grpo_lab.errors import GrpoLabError, SetupError, UsageError
@@ -24,7 +23,7 @@ from grpo_lab.tracking.folders import MANIFEST
 from grpo_lab.tracking.sinks import Sinks
 from grpo_lab.types import Policy
 
-HUB_ERRORS = (HfHubHTTPError, httpx2.HTTPError, OSError, ValueError)
+HUB_ERRORS = (HfHubHTTPError, HTTPError, OSError, ValueError)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,8 @@ what the layer did before, values and gradients; elsewhere it stays as it is.
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache, partial
 from types import FunctionType, MethodType
 from typing import Any
@@ -170,12 +171,24 @@ def fuse(model: nn.Module) -> None:
             module.forward = MethodType(forward, module)
 
 
-def unfuse(model: nn.Module) -> None:
-    """Give every layer its own way back."""
-    for module in model.modules():
-        forward = vars(module).get("forward")
-        if isinstance(forward, MethodType) and forward.__func__ in _GIVEN:
-            del module.forward
+def unfuse(model: nn.Module) -> dict[nn.Module, MethodType]:
+    """Give every layer its own way back; the ways that they had been given."""
+    found = {module: vars(module).get("forward") for module in model.modules()}
+    ways = {module: way for module, way in found.items() if isinstance(way, MethodType) and way.__func__ in _GIVEN}
+    for module in ways:
+        del module.forward
+    return ways
+
+
+@contextmanager
+def as_theirs(model: nn.Module) -> Iterator[None]:
+    """Have every layer compute in its own way for a while, so that two models that are the same give the same bits."""
+    ways = unfuse(model)
+    try:
+        yield
+    finally:
+        for module, way in ways.items():
+            module.forward = way
 
 
 @torch.inference_mode(False)  # a model may first be used while it samples

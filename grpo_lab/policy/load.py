@@ -8,6 +8,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
+from grpo_lab.attention.fused import as_theirs
 from grpo_lab.errors import CheckpointError, RecipeError
 from grpo_lab.policy.adapter_files import base_of, is_adapter, quantization_of
 from grpo_lab.policy.freed import govern_freed_memory
@@ -217,7 +218,8 @@ def logits_gap(one: Policy, other: Policy) -> float:
     found = []
     for policy in (one, other):
         model: Any = policy.model.eval()
-        found.append(model(input_ids=ids[None].to(next(model.parameters()).device)).logits.float())
+        with as_theirs(model):  # in bfloat16 another way to compute is another rounding
+            found.append(model(input_ids=ids[None].to(next(model.parameters()).device)).logits.float())
     return float((found[0] - found[1]).abs().max() / found[0].abs().max())
 
 

@@ -2,13 +2,16 @@
 
 import copy
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
+from grpo_lab.attention import fused as module_of_fused
 from grpo_lab.attention.fused import fuse, gated, rms_norm, rotated, unfuse
 from grpo_lab.attention.probe import why_plain
+from grpo_lab.policy.load import logits_gap
 
 
 def numbers(*shape):
@@ -87,6 +90,23 @@ def test_a_copy_of_a_fused_model_computes_with_its_own_weights(make_policy):
             parameter.zero_()
     assert all(module.forward.__self__ is module for module in twin.modules() if "forward" in vars(module))
     assert float(twin(input_ids=torch.tensor([[3, 4]])).logits.detach().abs().max()) > 0
+
+
+def test_a_model_is_compared_with_what_was_written_of_it_by_the_layers_own_ways(make_policy, monkeypatch):
+    """On a GPU the ways that layers are given round otherwise: no reason to say that another model was written."""
+    policy = make_policy()
+    written = replace(policy, model=copy.deepcopy(policy.model))
+    assert why_plain(policy.model) is None
+    ways = {module: vars(module)["forward"] for module in policy.model.modules() if "forward" in vars(module)}
+    norm = rms_norm
+    monkeypatch.setattr(module_of_fused, "rms_norm", lambda *given: 1.01 * norm(*given))
+    ids = torch.arange(3, 18)[None]
+    assert not torch.allclose(policy.model(input_ids=ids).logits, written.model(input_ids=ids).logits, atol=1e-3)
+    assert logits_gap(policy, written) == 0.0
+    assert {module: vars(module).get("forward") for module in ways} == ways
+    with torch.no_grad():
+        written.model.lm_head.weight[7] += 0.01
+    assert logits_gap(policy, written) > 1e-5
 
 
 def test_a_fused_model_can_be_sent_to_another_process_and_is_fused_there_anew(make_policy):
