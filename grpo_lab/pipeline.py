@@ -32,6 +32,8 @@ from grpo_lab.tracking.run_folder import RunFolder, SharedRunFolder
 from grpo_lab.tracking.sinks import SilentSink, Sink, Sinks
 from grpo_lab.tracking.wandb import WandbSink
 
+INEXACT_ON_GPU = "on a GPU the sums of a gradient are taken in no fixed order"
+
 
 def quiet_libraries() -> None:
     """Keep other libraries' progress bars and notes to each other off the terminal; ours shows what matters."""
@@ -108,6 +110,8 @@ def _run_stages(
     ranks: Ranks,
 ) -> None:
     """Each stage starts from what it names: the one before, an earlier one, or the recipe's model."""
+    if environment()["hardware"]["accelerators"]:
+        run.mark_inexact(INEXACT_ON_GPU)
     base = ranks.from_first(lambda: _base(plan, run))
     starts = {"base": base, "previous": base}
     for stage in plan.stages:

@@ -108,34 +108,29 @@ def case(arguments: argparse.Namespace, engine: str, name: str, kind: str) -> di
         )
         print(f"{engine} {name} {kind}: " + json.dumps(steps[-1]), file=sys.stderr)  # noqa: T201
 
-    def train(num_steps: int, limit: int) -> None:
-        stage = GrpoStage.model_validate(
-            {
-                "kind": "grpo",
-                "engine": engine,
-                "data": {"source": "task", "path": "addition", "prompt": "prompt"},
-                "steps": num_steps,
-                "optimizer": {"learning_rate": 1e-9},
-                "sampling": {"num_generations": arguments.generations, "max_completion_length": limit},
-                "rewards": [{"name": "length", "options": {"target": 40}}],
-                "algorithm": {"preset": "grpo", "beta": 0.0},
-                "prompts_per_step": arguments.prompts,
-                "micro_batch_size": arguments.trl_rows if engine == "trl" else None,
-            }
-        )
-        rewards = bind(stage.rewards, discover())
-        with tempfile.TemporaryDirectory() as output:
-            settings = Model(path=output, dtype="bfloat16", lora=lora)
-            run(engine, stage, policy, stream, rewards, seed=0, folder=Path(output), model=settings, report=report)
-
-    train(1, limit=16)  # loads libraries and compiles kernels
-    steps.clear()
-    gc.collect()
+    stage = GrpoStage.model_validate(
+        {
+            "kind": "grpo",
+            "engine": engine,
+            "data": {"source": "task", "path": "addition", "prompt": "prompt"},
+            # the first one compiles kernels and finds memory, which takes longer than the step itself
+            "steps": 1 + (arguments.trl_steps if engine == "trl" else arguments.steps),
+            "optimizer": {"learning_rate": 1e-9},
+            "sampling": {"num_generations": arguments.generations, "max_completion_length": arguments.limit},
+            "rewards": [{"name": "length", "options": {"target": 40}}],
+            "algorithm": {"preset": "grpo", "beta": 0.0},
+            "prompts_per_step": arguments.prompts,
+            "micro_batch_size": arguments.trl_rows if engine == "trl" else None,
+        }
+    )
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
-    train(arguments.trl_steps if engine == "trl" else arguments.steps, limit=arguments.limit)
+    rewards = bind(stage.rewards, discover())
+    with tempfile.TemporaryDirectory() as output:
+        settings = Model(path=output, dtype="bfloat16", lora=lora)
+        run(engine, stage, policy, stream, rewards, seed=0, folder=Path(output), model=settings, report=report)
     peak = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else math.nan
-    return {"engine": engine, "model": name, "kind": kind, "steps": steps, "peak_gib": peak}
+    return {"engine": engine, "model": name, "kind": kind, "steps": steps[1:], "peak_gib": peak}
 
 
 def needed_tflop(shape: dict[str, int], prompts: list[int], lengths: list[list[int]], *, adapter: bool) -> float:
@@ -235,9 +230,9 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=8, help="P, prompts per step")
     parser.add_argument("--generations", type=int, default=8, help="G, completions per prompt")
     parser.add_argument(
-        "--steps", type=int, default=4, help="steps of each case, after a short one that is not counted"
+        "--steps", type=int, default=3, help="steps of each case, after a short one that is not counted"
     )
-    parser.add_argument("--trl-steps", type=int, default=2, help="TRL's, whose steps take ten times as long")
+    parser.add_argument("--trl-steps", type=int, default=2, help="the same of TRL, whose steps take longer")
     parser.add_argument("--trl-rows", type=int, default=16, help="TRL's per_device_train_batch_size")
     parser.add_argument("--json", type=Path, help="also write everything measured to this file")
     parser.add_argument("--worker", help=argparse.SUPPRESS)

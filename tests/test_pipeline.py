@@ -5,8 +5,10 @@ import pytest
 import torch
 from rich.console import Console
 
+from grpo_lab import pipeline
 from grpo_lab.pipeline import train_recipe
 from grpo_lab.recipe import load
+from grpo_lab.tracking.environment import environment
 from grpo_lab.tracking.files import read_json, read_jsonl
 from grpo_lab.tracking.metrics import TIMING, description
 
@@ -140,3 +142,27 @@ def test_the_number_of_threads_is_the_recipes_and_is_written_down(toy_recipe):
         assert read_json(run / "run.json")["environment"]["num_threads"] == 2
     finally:
         torch.set_num_threads(before)
+
+
+def test_a_run_on_a_gpu_says_that_it_is_not_exact(toy_recipe, monkeypatch):
+    def elsewhere(*given):
+        found = environment(*given)
+        return {**found, "hardware": {**found["hardware"], "accelerators": ["a GPU"]}}
+
+    monkeypatch.setattr(pipeline, "environment", elsewhere)
+    info = read_json(train(toy_recipe) / "run.json")
+    assert (info["exact"], info["inexact_because"]) == (False, [pipeline.INEXACT_ON_GPU])
+
+
+def test_a_run_laid_out_and_decoded_as_on_a_gpu_is_the_same_run_up_to_rounding(toy_recipe, run, as_on_gpu):
+    ours = train(toy_recipe)
+    lines = [read_jsonl(folder / "warm_start" / "metrics.jsonl") for folder in (ours, run)]
+    losses, expected = ([line["loss"] for line in each if "loss" in line] for each in lines)
+    assert len(losses) == 2
+    assert losses == pytest.approx(expected, rel=1e-5)
+    rollouts = [read_jsonl(folder / "grpo" / "rollouts" / "step-000001.jsonl") for folder in (ours, run)]
+    answers, others = ([row["completion"] for row in rows] for rows in rollouts)
+    same = sum(one == other for one, other in zip(answers, others, strict=True))
+    assert same >= len(answers) / 2  # the untrained model's tokens are about equally likely: some draws are at an edge
+    events = read_jsonl(ours / "grpo" / "events.jsonl")
+    assert not [event for event in events if "computed for every row" in event["message"]]
