@@ -20,30 +20,6 @@ _SIMILAR, _FEW = 0.75, 4
 
 
 @dataclass(frozen=True)
-class Segments:
-    """B runs of tokens of similar length, as a table of W columns filled up on the right.
-
-    `table` [B*W] holds the place of every entry in the long row, 0 for filling; the entries `tokens` [n] are real, and
-    stand at `places` [n] = table[tokens].
-    """
-
-    num_runs: int
-    table: Int[Tensor, "BW"]
-    tokens: Int[Tensor, "n"]
-    places: Int[Tensor, "n"]
-    filling: Bool[Tensor, "B W"]
-
-    @classmethod
-    def of(cls, runs: Sequence[Sequence[int]], device: torch.device) -> "Segments":
-        """The table of some runs, the first of which is the longest."""
-        width = len(runs[0])
-        table = torch.tensor([[*run, *[0] * (width - len(run))] for run in runs], device=device)
-        filling = torch.arange(width, device=device) >= torch.tensor([[len(run)] for run in runs], device=device)
-        tokens = (~filling).flatten().nonzero().squeeze(1)
-        return cls(len(runs), table.flatten(), tokens, table.flatten()[tokens], filling)
-
-
-@dataclass(frozen=True)
 class Crossing:
     """The completions of one prompt, places `rows`, see all of the prompt, places `prompt`; both without gaps."""
 
@@ -53,11 +29,39 @@ class Crossing:
 
 @dataclass(frozen=True)
 class Layout:
-    """Which tokens see which. `is_full`: all look at something; each that does is in one segment."""
+    """Which tokens see which. Each that looks at something is in one segment.
 
-    segments: tuple[Segments, ...]
-    crossings: tuple[Crossing, ...]
-    is_full: bool
+    Segments of similar length are the rows of one table, filled up on the right; `shapes` holds each table's rows and
+    columns. `places` [BW] says of all entries of all tables, one after the other, where each stands in the long row, 0
+    for filling, and `entries` [L] where in the tables each token stands, BW if it is in none of them. Crossings are in
+    bundles: in each the rows follow one another without gaps, and so do the prompts.
+    """
+
+    shapes: tuple[tuple[int, int], ...]
+    places: Int[Tensor, "BW"]
+    filling: Bool[Tensor, "BW"]
+    entries: Int[Tensor, "L"]
+    crossings: tuple[tuple[Crossing, ...], ...]
+
+    @classmethod
+    def of(
+        cls, runs: Sequence[Sequence[range]], crossings: Sequence[Crossing], length: int, device: torch.device
+    ) -> "Layout":
+        """The layout of runs, each made of some ranges, in a long row of this length."""
+        tables = _tables(runs)
+        shapes = tuple((len(table), len(table[0])) for table in tables)
+        places = [
+            place
+            for table, (_, width) in zip(tables, shapes, strict=True)
+            for run in table
+            for place in (*run, *[-1] * (width - len(run)))
+        ]
+        entries = [len(places)] * length
+        for entry, place in enumerate(places):
+            if place >= 0:
+                entries[place] = entry
+        table = torch.tensor(places, dtype=torch.long, device=device)
+        return cls(shapes, table.clamp(min=0), table < 0, torch.tensor(entries, device=device), _bundles(crossings))
 
 
 @dataclass(frozen=True)
@@ -121,8 +125,8 @@ class PackedBatch:
         return cls(
             ids=torch.cat([batch.prompt_ids[prompt_mask], batch.completion_ids[batch.completion_mask]]),
             positions=torch.tensor(positions, device=device),
-            layout=Layout(tuple(_tables([*runs, *([own] for own in shared)], device)), tuple(crossings), is_full=True),
-            last=_ends_only(runs, shared, crossings, device),
+            layout=Layout.of([*runs, *([own] for own in shared)], crossings, row_starts[-1], device),
+            last=_ends_only(runs, shared, crossings, row_starts[-1], device),
             predicted_at=torch.tensor(predicted_at, device=device),
             logits_row=torch.tensor(logits_row, device=device),
             longest=max((prompts[p] + n for p, n in zip(of_prompt, lengths, strict=True)), default=0),
@@ -137,8 +141,8 @@ def packed_prompts(prompts: Sequence[Sequence[int]], device: torch.device) -> Pa
     return PackedBatch(
         ids=torch.tensor([token for prompt in prompts for token in prompt], device=device),
         positions=torch.tensor(_ramps([0] * len(prompts), lengths), device=device),
-        layout=Layout(tuple(_tables([[run] for run in runs], device)), (), is_full=True),
-        last=_ends_only([], runs, [], device),
+        layout=Layout.of([[run] for run in runs], [], starts[-1], device),
+        last=_ends_only([], runs, [], starts[-1], device),
         predicted_at=torch.tensor([stop - 1 for stop in starts[1:]], device=device),
         logits_row=torch.arange(len(prompts), device=device),
         longest=max(lengths),
@@ -152,12 +156,15 @@ def spread(values: Float[Tensor, "K"], batch: Batch) -> Float[Tensor, "N T"]:
 
 
 def _ends_only(
-    runs: Sequence[Sequence[range]], prompts: Sequence[range], crossings: Sequence[Crossing], device: torch.device
+    runs: Sequence[Sequence[range]],
+    prompts: Sequence[range],
+    crossings: Sequence[Crossing],
+    length: int,
+    device: torch.device,
 ) -> Layout:
     """The layout in which of some prompts only the last token looks: at itself, and at the others as a completion does."""
     ends = [Crossing(slice(own.stop - 1, own.stop), slice(own.start, own.stop - 1)) for own in prompts if len(own) > 1]
-    tables = _tables([*runs, *([own[-1:]] for own in prompts)], device)
-    return Layout(tuple(tables), (*crossings, *ends), is_full=False)
+    return Layout.of([*runs, *([own[-1:]] for own in prompts)], [*crossings, *ends], length, device)
 
 
 def _starts(lengths: Sequence[int]) -> list[int]:
@@ -182,7 +189,17 @@ def _without_gaps(rows: Sequence[int]) -> list[tuple[int, int]]:
     return spans
 
 
-def _tables(runs: Sequence[Sequence[range]], device: torch.device) -> list[Segments]:
+def _bundles(crossings: Sequence[Crossing]) -> tuple[tuple[Crossing, ...], ...]:
+    bundles: list[list[Crossing]] = []
+    for crossing in crossings:
+        last = bundles[-1][-1] if bundles else crossing
+        if (last.rows.stop, last.prompt.stop) != (crossing.rows.start, crossing.prompt.start):
+            bundles.append([])
+        bundles[-1].append(crossing)
+    return tuple(map(tuple, bundles))
+
+
+def _tables(runs: Sequence[Sequence[range]]) -> list[list[list[int]]]:
     """Runs in tables of similar length, so that little is filling."""
     places = sorted(([place for part in run for place in part] for run in runs), key=len, reverse=True)
     tables: list[list[list[int]]] = []
@@ -190,4 +207,4 @@ def _tables(runs: Sequence[Sequence[range]], device: torch.device) -> list[Segme
         if not tables or len(run) < _SIMILAR * len(tables[-1][0]) - _FEW:
             tables.append([])
         tables[-1].append(run)
-    return [Segments.of(table, device) for table in tables]
+    return tables

@@ -11,7 +11,7 @@ from grpo_lab.attention.fused import fuse, unfuse
 from grpo_lab.attention.interface import NAME, NotPackableError
 from grpo_lab.attention.last_layer import cut, predicted_states
 from grpo_lab.attention.layout import PackedBatch
-from grpo_lab.attention.packed import PackedAttention
+from grpo_lab.attention.packed import PackedLayers
 from grpo_lab.padding import length_mask, pad_left, pad_right
 from grpo_lab.types import Batch
 
@@ -85,10 +85,10 @@ def _compared(model: nn.Module, base: Any) -> str | None:
         decoder, head = parts(model)
         cut(decoder)
         packed = PackedBatch.of(batch)
-        attending = PackedAttention(packed)
+        attending = PackedLayers(packed)
         ours = head(predicted_states(decoder, attending))[packed.logits_row].float()
         error, size = float((ours - theirs).abs().max()), float(theirs.abs().max())
-        if attending.num_calls == 0:
+        if not attending.asked:
             return f"{base.config.model_type} computes attention by itself"
         # not <=, so that nan counts as different
         if not error <= _TOLERANCE[base.dtype] * size:

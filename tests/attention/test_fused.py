@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from grpo_lab.attention.fused import fuse, gated, rms_norm, rotated, unfuse
+from grpo_lab.attention.fused import fuse, gated, rms_norm, unfuse
 from grpo_lab.attention.probe import why_plain
+from grpo_lab.attention.rotary import rotated
 
 
 def numbers(*shape):
