@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from grpo_lab.attention.fused import given, same, some
+from grpo_lab.attention.trial import given, same, some
 
 
 class Low(NamedTuple):

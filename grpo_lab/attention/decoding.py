@@ -23,17 +23,9 @@ class Prefill(PackedAttention):
         return self._longest
 
     def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *, scaling: float) -> Tensor:
-        """One layer over all prompts."""
-        self._keep(key, value)
-        return super().attend(module, query, key, value, scaling=scaling)
-
-    def attend_last(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *, scaling: float) -> Tensor:
-        """The last layer, for the ends of all prompts."""
-        self._keep(key, value)
-        return super().attend_last(module, query, key, value, scaling=scaling)
-
-    def _keep(self, key: Tensor, value: Tensor) -> None:
+        """One layer over all prompts, or the last layer for their ends."""
         self.layers.append((key[0].transpose(0, 1), value[0].transpose(0, 1)))
+        return super().attend(module, query, key, value, scaling=scaling)
 
     def of_prompts(self) -> list[list[tuple[Tensor, Tensor]]]:
         """Keys and values [S, H', D] of each prompt, layer by layer."""

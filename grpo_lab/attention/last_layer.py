@@ -13,20 +13,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from grpo_lab.attention.fused import given
 from grpo_lab.attention.interface import packed_arguments
 from grpo_lab.attention.packed import PackedAttention
+from grpo_lab.attention.trial import given
 
 # x = x + attention(norm(x)), x = x + mlp(norm(x)): what a layer of this form speaks of, in this order, and nothing else.
 _SPOKEN_OF = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
-
-
-class _Last:
-    """How the last layer attends."""
-
-    def __init__(self, whole: PackedAttention) -> None:
-        self.longest = whole.longest
-        self.attend = whole.attend_last
 
 
 @given
@@ -42,7 +34,7 @@ def _forward(self: Any, hidden_states: Tensor, **options: Any) -> Tensor:
 def _needed(self: Any, hidden_states: Tensor, *, attending: PackedAttention, **options: Any) -> Float[Tensor, "1 R E"]:
     """What the layer computes, of the places whose logits are needed."""
     normed = self.input_layernorm(hidden_states)
-    attended, _ = self.self_attn(hidden_states=normed, attending=_Last(attending), **options)
+    attended, _ = self.self_attn(hidden_states=normed, attending=attending.in_last_layer(), **options)
     places = attending.packed.predicted_at
     states = hidden_states.index_select(1, places) + attended.index_select(1, places)
     return states + self.mlp(self.post_attention_layernorm(states))  # type: ignore[no-any-return]

@@ -21,30 +21,6 @@ _SIMILAR, _FEW = 0.75, 4
 
 
 @dataclass(frozen=True)
-class Segments:
-    """B runs of tokens of similar length, as a table of W columns filled up on the right.
-
-    `table` [B*W] holds the place of every entry in the long row, 0 for filling; the entries `tokens` [n] are real, and
-    stand at `places` [n] = table[tokens].
-    """
-
-    num_runs: int
-    table: Int[Tensor, "BW"]
-    tokens: Int[Tensor, "n"]
-    places: Int[Tensor, "n"]
-    filling: Bool[Tensor, "B W"]
-
-    @classmethod
-    def of(cls, runs: Sequence[Sequence[int]], device: torch.device) -> "Segments":
-        """The table of some runs, the first of which is the longest."""
-        width = len(runs[0])
-        table = torch.tensor([[*run, *[0] * (width - len(run))] for run in runs], device=device)
-        filling = torch.arange(width, device=device) >= torch.tensor([[len(run)] for run in runs], device=device)
-        tokens = (~filling).flatten().nonzero().squeeze(1)
-        return cls(len(runs), table.flatten(), tokens, table.flatten()[tokens], filling)
-
-
-@dataclass(frozen=True)
 class Crossing:
     """The completions of one prompt, places `rows`, see all of the prompt, places `prompt`; both without gaps."""
 
@@ -54,11 +30,39 @@ class Crossing:
 
 @dataclass(frozen=True)
 class Layout:
-    """Which tokens see which. `is_full`: all look at something; each that does is in one segment."""
+    """Which tokens see which. Each that looks at something is in one segment.
 
-    segments: tuple[Segments, ...]
-    crossings: tuple[Crossing, ...]
-    is_full: bool
+    Segments of similar length are the rows of one table, filled up on the right; `shapes` holds each table's rows and
+    columns. `places` [BW] says of all entries of all tables, one after the other, where each stands in the long row, 0
+    for filling, and `entries` [L] where in the tables each token stands, BW if it is in none of them. Crossings are in
+    bundles: in each the rows follow one another without gaps, and so do the prompts.
+    """
+
+    shapes: tuple[tuple[int, int], ...]
+    places: Int[Tensor, "BW"]
+    filling: Bool[Tensor, "BW"]
+    entries: Int[Tensor, "L"]
+    crossings: tuple[tuple[Crossing, ...], ...]
+
+    @classmethod
+    def of(
+        cls, runs: Sequence[Sequence[range]], crossings: Sequence[Crossing], length: int, device: torch.device
+    ) -> "Layout":
+        """The layout of runs, each made of some ranges, in a long row of this length."""
+        tables = _tables(runs)
+        shapes = tuple((len(table), len(table[0])) for table in tables)
+        places = [
+            place
+            for table, (_, width) in zip(tables, shapes, strict=True)
+            for run in table
+            for place in (*run, *[-1] * (width - len(run)))
+        ]
+        entries = [len(places)] * length
+        for entry, place in enumerate(places):
+            if place >= 0:
+                entries[place] = entry
+        table = torch.tensor(places, dtype=torch.long, device=device)
+        return cls(shapes, table.clamp(min=0), table < 0, torch.tensor(entries, device=device), _bundles(crossings))
 
 
 @dataclass(frozen=True)
@@ -186,9 +190,10 @@ def _tabled(
             ]
     # in the last layer only the end of a prompt looks, at itself, and at the others as a completion does
     ends = [Crossing(slice(own.stop - 1, own.stop), slice(own.start, own.stop - 1)) for own in shared if len(own) > 1]
+    length = row_starts[-1]
     return (
-        Layout(tuple(_tables([*runs, *([own] for own in shared)], device)), tuple(crossings), is_full=True),
-        Layout(tuple(_tables([*runs, *([own[-1:]] for own in shared)], device)), (*crossings, *ends), is_full=False),
+        Layout.of([*runs, *([own] for own in shared)], crossings, length, device),
+        Layout.of([*runs, *([own[-1:]] for own in shared)], [*crossings, *ends], length, device),
     )
 
 
@@ -210,7 +215,17 @@ def _without_gaps(rows: Sequence[int]) -> list[tuple[int, int]]:
     return spans
 
 
-def _tables(runs: Sequence[Sequence[range]], device: torch.device) -> list[Segments]:
+def _bundles(crossings: Sequence[Crossing]) -> tuple[tuple[Crossing, ...], ...]:
+    bundles: list[list[Crossing]] = []
+    for crossing in crossings:
+        last = bundles[-1][-1] if bundles else crossing
+        if (last.rows.stop, last.prompt.stop) != (crossing.rows.start, crossing.prompt.start):
+            bundles.append([])
+        bundles[-1].append(crossing)
+    return tuple(map(tuple, bundles))
+
+
+def _tables(runs: Sequence[Sequence[range]]) -> list[list[list[int]]]:
     """Runs in tables of similar length, so that little is filling."""
     places = sorted(([place for part in run for place in part] for run in runs), key=len, reverse=True)
     tables: list[list[list[int]]] = []
@@ -218,4 +233,4 @@ def _tables(runs: Sequence[Sequence[range]], device: torch.device) -> list[Segme
         if not tables or len(run) < _SIMILAR * len(tables[-1][0]) - _FEW:
             tables.append([])
         tables[-1].append(run)
-    return [Segments.of(table, device) for table in tables]
+    return tables

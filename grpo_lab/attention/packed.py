@@ -9,13 +9,15 @@ Given the joined `out` and `lse`, the kernel's backward pass recomputes the true
 parts' gradients add up to the whole one (Dao et al., FlashAttention, arXiv:2205.14135).
 """
 
-from typing import Any
+import copy
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from grpo_lab.attention.layout import Crossing, Layout, PackedBatch, Segments
+from grpo_lab.attention.layout import Crossing, Layout, PackedBatch
 from grpo_lab.attention.varlen import VarlenLayout, varlen_attention
 
 flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -24,115 +26,214 @@ flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_back
 _NO_PART = 1e30
 
 
+class Projections(NamedTuple):
+    """What makes H queries, H' keys and H' values of states in one product: `weight` [(H + 2 H') D, E], and `bias`.
+
+    Two numbers of a query or key that are turned together stand side by side; `turns` [L, D/2] says how far, as complex
+    numbers.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    turns: Tensor
+    num_heads: int
+
+
 class PackedAttention:
-    """How a model's layers attend while they compute a packed batch. `num_calls` counts the layers that asked."""
+    """How a model's layers attend while they compute a packed batch. `asked` are the layers that did."""
 
     def __init__(self, packed: PackedBatch) -> None:
         self.packed = packed
-        self.num_calls = 0
+        self.asked: list[nn.Module] = []
+        self._layout = packed.layout
 
     @property
     def longest(self) -> int:
         """The most tokens that one token sees."""
         return self.packed.longest
 
+    def in_last_layer(self) -> "PackedAttention":
+        """How the last layer attends: right where logits are needed, finite elsewhere."""
+        last = copy.copy(self)
+        last._layout = self.packed.last
+        return last
+
     def attend(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *, scaling: float
     ) -> Float[Tensor, "1 L H D"]:
         """The attention of one layer; query [1, H, L, D], key and value [1, H or fewer, L, D]."""
-        return self._attend(query, key, value, self.packed.layout, scaling)
+        self.asked.append(module)
+        if isinstance(self._layout, VarlenLayout):
+            q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+            return varlen_attention(q, k, v, self._layout, scaling)[None]
+        qkv = torch.cat([tensor[0].transpose(0, 1) for tensor in (query, key, value)], 1)
+        return _Attention.apply(qkv, query.shape[1], self._layout, scaling)[None]  # type: ignore[no-any-return]
 
-    def attend_last(
-        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *, scaling: float
+
+class PackedLayers(PackedAttention):
+    """One that can also begin with the states a layer is given, where nobody else wants its queries, keys and values."""
+
+    def attend_states(
+        self, module: nn.Module, states: Tensor, projections: Projections, *, scaling: float
     ) -> Float[Tensor, "1 L H D"]:
-        """The attention of the last layer: right where logits are needed, finite elsewhere."""
-        return self._attend(query, key, value, self.packed.last, scaling)
-
-    def _attend(
-        self, query: Tensor, key: Tensor, value: Tensor, layout: Layout | VarlenLayout, scaling: float
-    ) -> Tensor:
-        self.num_calls += 1
-        q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # [L, H, D]
-        if isinstance(layout, VarlenLayout):
-            return varlen_attention(q, k, v, layout, scaling)[None]
-        return _PackedFunction.apply(q, k, v, layout, scaling)[None]  # type: ignore[no-any-return]
+        """The attention of one layer of the states [1, L, E]."""
+        self.asked.append(module)
+        return _StatesAttention.apply(states[0], *projections, self._layout, scaling)[None]  # type: ignore[no-any-return]
 
 
-class _PackedFunction(torch.autograd.Function):
+def attending_to(packed: PackedBatch) -> PackedAttention:
+    """How a model's layers attend to this batch: on a GPU from their queries, keys and values, elsewhere also from states."""
+    return PackedAttention(packed) if isinstance(packed.layout, VarlenLayout) else PackedLayers(packed)
+
+
+class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, layout: Layout, scaling: float) -> Tensor:
-        out = q.new_empty(q.shape) if layout.is_full else q.new_zeros(q.shape)
-        lse = q.new_empty(q.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32))
-        heads = q.shape[1]
-        for segments in layout.segments:
-            tables = [_table(tensor, segments, heads) for tensor in (q, k, v)]
-            part, part_lse = flash(*tables, 0.0, True, scale=scaling)
-            _put(out, part, segments)
-            _put(lse, part_lse, segments)
-        for crossing in layout.crossings:
-            rows = crossing.rows
-            part, part_lse = flash(*_crossed(q, k, v, crossing), scale=scaling)
-            part_lse = part_lse[0].T  # [rows, H]
-            joined = torch.logaddexp(lse[rows], part_lse)
-            out[rows] *= (lse[rows] - joined).exp()[..., None]
-            out[rows] += part[0].transpose(0, 1) * (part_lse - joined).exp()[..., None]
-            lse[rows] = joined
-        ctx.save_for_backward(q, k, v, out, lse)
-        ctx.layout, ctx.scaling = layout, scaling
-        return out
+    def forward(ctx: Any, qkv: Tensor, heads: int, layout: Layout, scaling: float) -> Tensor:
+        attended = _attended(qkv, heads, layout, scaling)
+        ctx.save_for_backward(*attended)
+        ctx.how = heads, layout, scaling
+        return attended.out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse = ctx.saved_tensors
-        empty = torch.empty_like if ctx.layout.is_full else torch.zeros_like
-        grads = [empty(tensor) for tensor in (q, k, v)]
-        heads = q.shape[1]
-        for segments in ctx.layout.segments:  # if every token is in one segment, these fill all places
-            g, tq, tk, tv, o = (_table(tensor, segments, heads) for tensor in (grad, q, k, v, out))
-            table_lse = _table(lse, segments, heads).masked_fill_(segments.filling[:, None], _NO_PART)
-            parts = flash_backward(g, tq, tk, tv, o, table_lse, 0.0, True, scale=ctx.scaling)
-            for whole, part in zip(grads, parts, strict=True):
-                _put(whole, _fewer_heads(part, whole.shape[1]), segments)
-        for crossing in ctx.layout.crossings:
-            rows, prompt = crossing.rows, crossing.prompt
-            tables = _crossed(q, k, v, crossing)
-            parts = flash_backward(
-                _row(grad[rows]), *tables, _row(out[rows]), lse[rows].T[None], 0.0, False, scale=ctx.scaling
-            )
-            for whole, part, places in zip(grads, parts, (rows, prompt, prompt), strict=True):
-                whole[places] += _fewer_heads(part, whole.shape[1])[0].transpose(0, 1)
-        return *grads, None, None
+        return _gradient(grad, _Attended(*ctx.saved_tensors), *ctx.how), None, None, None
 
 
-def _row(tensor: Tensor) -> Tensor:
-    """[L, H, D] as the kernel wants it, [1, H, L, D]."""
-    return tensor.transpose(0, 1)[None]
+class _StatesAttention(torch.autograd.Function):
+    """From the states, so that what is made on the way may be turned in place, forward and backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        states: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        turns: Tensor,
+        heads: int,
+        layout: Layout,
+        scaling: float,
+    ) -> Tensor:
+        qkv = nn.functional.linear(states, weight, bias).unflatten(1, (-1, 2 * turns.shape[1]))
+        _turn(qkv, heads, turns)
+        attended = _attended(qkv, heads, layout, scaling)
+        ctx.save_for_backward(states, weight, turns, *attended)
+        ctx.how = heads, layout, scaling
+        return attended.out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        states, weight, turns, *attended = ctx.saved_tensors
+        d_qkv = _gradient(grad, _Attended(*attended), *ctx.how)
+        _turn(d_qkv, ctx.how[0], turns.conj())
+        made, wanted = d_qkv.flatten(1), ctx.needs_input_grad
+        d_states = made @ weight if wanted[0] else None
+        d_weight = made.T @ states if wanted[1] else None
+        return d_states, d_weight, made.sum(0) if wanted[2] else None, None, None, None, None
 
 
-def _table(tensor: Tensor, segments: Segments, heads: int) -> Tensor:
-    """[L, H, ...] as the segments' table [B, heads, W, ...], each of fewer heads repeated."""
-    gathered = tensor.flatten(1).index_select(0, segments.table)
-    table = gathered.view(segments.num_runs, -1, *tensor.shape[1:])
-    return _more_heads(table, heads).transpose(1, 2)
+class _Attended(NamedTuple):
+    """Queries, keys and values side by side [L, H + 2 H', D], the same at the tables' entries [BW, H + 2 H', D], and what
+    attention made of them: `out` [L, H, D] and `lse` [L, H]."""
+
+    qkv: Tensor
+    gathered: Tensor
+    out: Tensor
+    lse: Tensor
 
 
-def _put(whole: Tensor, table: Tensor, segments: Segments) -> None:
-    """Write a table [B, H, W, ...] to its places in [L, H, ...]."""
-    values = table.transpose(1, 2).flatten(2).flatten(0, 1).index_select(0, segments.tokens)
-    whole.flatten(1).index_copy_(0, segments.places, values)
+def _attended(qkv: Tensor, heads: int, layout: Layout, scaling: float) -> _Attended:
+    gathered = _gathered(qkv, layout)
+    parts = [flash(*_split(table, heads), 0.0, True, scale=scaling) for table in _tables(gathered, layout)]
+    out, lse = (_put_back(_entries(both), layout) for both in zip(*parts, strict=True))
+    for bundle in layout.crossings:
+        rows = slice(bundle[0].rows.start, bundle[-1].rows.stop)
+        crossed = [flash(*_crossed(qkv, heads, crossing), scale=scaling) for crossing in bundle]
+        part, part_lse = (torch.cat([one[0].transpose(0, 1) for one in both]) for both in zip(*crossed, strict=True))
+        share = torch.sigmoid(part_lse - lse[rows])[..., None]  # exp(lse_2) / (exp(lse_1) + exp(lse_2))
+        out[rows].lerp_(part, share.to(out.dtype))
+        lse[rows] = torch.logaddexp(lse[rows], part_lse)
+    return _Attended(qkv, gathered, out, lse)
 
 
-def _crossed(q: Tensor, k: Tensor, v: Tensor, crossing: Crossing) -> tuple[Tensor, Tensor, Tensor]:
-    rows, prompt = crossing.rows, crossing.prompt
-    more = (_row(_more_heads(tensor[prompt][None], q.shape[1])[0]) for tensor in (k, v))
-    return _row(q[rows]), *more
+def _gradient(grad: Tensor, attended: _Attended, heads: int, layout: Layout, scaling: float) -> Tensor:
+    """The gradient of `qkv`, given that of `out`."""
+    qkv, gathered, out, lse = attended
+    lse_seen = _gathered(lse, layout).masked_fill_(layout.filling[:, None], _NO_PART)
+    d_gathered = gathered.new_empty(len(gathered) + 1, *gathered.shape[1:])
+    d_gathered[-1] = 0
+    entries = (gathered, d_gathered[:-1], _gathered(grad, layout), _gathered(out, layout), lse_seen)
+    for table, d_table, *rest in zip(*(_tables(tensor, layout) for tensor in entries), strict=True):
+        g, o, table_lse = (tensor.transpose(1, 2) for tensor in rest)
+        parts = flash_backward(g, *_split(table, heads), o, table_lse, 0.0, True, scale=scaling)
+        torch.cat(_fewer_heads(parts, qkv.shape[1]), 2, out=d_table)
+    d_qkv = _put_back(d_gathered, layout)
+    fewer = (qkv.shape[1] - heads) // 2
+    for bundle in layout.crossings:
+        grads = []
+        for crossing in bundle:
+            g, o, seen = (tensor[crossing.rows].transpose(0, 1)[None] for tensor in (grad, out, lse))
+            parts = flash_backward(g, *_crossed(qkv, heads, crossing), o, seen, 0.0, False, scale=scaling)
+            grads.append(_fewer_heads(parts, qkv.shape[1]))
+        rows = slice(bundle[0].rows.start, bundle[-1].rows.stop)
+        prompts = slice(bundle[0].prompt.start, bundle[-1].prompt.stop)
+        wholes = zip(
+            (rows, prompts, prompts), d_qkv.split([heads, fewer, fewer], 1), zip(*grads, strict=True), strict=True
+        )
+        for places, whole, parts in wholes:
+            whole[places] += torch.cat(parts, 1)[0]
+    return d_qkv
 
 
-def _more_heads(table: Tensor, heads: int) -> Tensor:
-    """Keys or values [B, W, H', D] of grouped-query attention with one head for each query head."""
-    return table if table.shape[2] == heads else table.repeat_interleave(heads // table.shape[2], dim=2)
+def _turn(qkv: Tensor, heads: int, turns: Tensor) -> None:
+    """Turn queries and keys, in place: their numbers two by two, as complex ones, times [L, D/2]."""
+    pairs = torch.view_as_complex(qkv[:, : (heads + qkv.shape[1]) // 2].unflatten(2, (-1, 2)))
+    pairs.mul_(turns[:, None])
 
 
-def _fewer_heads(grad: Tensor, heads: int) -> Tensor:
-    """The gradient [B, H, W, D] of repeated heads, summed over the copies: [B, heads, W, D]."""
-    return grad if grad.shape[1] == heads else grad.unflatten(1, (heads, -1)).sum(2)
+def _gathered(tensor: Tensor, layout: Layout) -> Tensor:
+    """[L, H, ...] at each entry of the tables: [BW, H, ...]."""
+    return tensor.flatten(1).index_select(0, layout.places).unflatten(1, tensor.shape[1:])
+
+
+def _tables(entries: Tensor, layout: Layout) -> list[Tensor]:
+    """[BW, H, ...] as the tables [B, W, H, ...], which are views."""
+    parts = entries.split([rows * columns for rows, columns in layout.shapes])
+    return [part.unflatten(0, shape) for part, shape in zip(parts, layout.shapes, strict=True)]
+
+
+def _entries(tables: Sequence[Tensor]) -> Tensor:
+    """Tables [B, H, W, ...] as their entries [BW + 1, H, ...], the last of which is 0."""
+    entries = [table.transpose(1, 2).flatten(0, 1) for table in tables]
+    return torch.cat([*entries, torch.zeros_like(entries[0][:1])])
+
+
+def _put_back(entries: Tensor, layout: Layout) -> Tensor:
+    """[BW + 1, H, ...] to where the entries stand in the long row: [L, H, ...], the last for a token that is in no table."""
+    return entries.flatten(1).index_select(0, layout.entries).unflatten(1, entries.shape[1:])
+
+
+def _split(table: Tensor, heads: int) -> list[Tensor]:
+    """Queries, keys and values side by side [B, W, H + 2 H', D] as the kernel wants them, [B, H, W, D] each.
+
+    In grouped-query attention keys and values have fewer heads H', and each is repeated for its queries.
+    """
+    fewer = (table.shape[2] - heads) // 2
+    q, *kv = table.split([heads, fewer, fewer], 2)
+    more = kv if fewer == heads else [tensor.repeat_interleave(heads // fewer, 2) for tensor in kv]
+    return [tensor.transpose(1, 2) for tensor in (q, *more)]
+
+
+def _crossed(qkv: Tensor, heads: int, crossing: Crossing) -> list[Tensor]:
+    """The completions' queries and their prompt's keys and values."""
+    q = qkv[None, crossing.rows, :heads].transpose(1, 2)
+    return [q, *_split(qkv[None, crossing.prompt], heads)[1:]]
+
+
+def _fewer_heads(grads: Sequence[Tensor], whole: int) -> list[Tensor]:
+    """Gradients [B, H, W, D] of queries, keys and values as they stand side by side in `whole` heads, [B, W, H or H', D].
+
+    Those of repeated heads are summed over the copies.
+    """
+    d_q, *d_kv = (grad.transpose(1, 2) for grad in grads)
+    fewer = (whole - d_q.shape[2]) // 2
+    return [d_q, *(grad if grad.shape[2] == fewer else grad.unflatten(2, (fewer, -1)).sum(3) for grad in d_kv)]

@@ -12,7 +12,7 @@ from grpo_lab.attention.fused import fuse, unfuse
 from grpo_lab.attention.interface import NAME, NotPackableError
 from grpo_lab.attention.last_layer import cut, predicted_states
 from grpo_lab.attention.layout import PackedBatch
-from grpo_lab.attention.packed import PackedAttention
+from grpo_lab.attention.packed import attending_to
 from grpo_lab.padding import length_mask, pad_left, pad_right
 from grpo_lab.types import Batch
 
@@ -97,9 +97,9 @@ def _compared(model: nn.Module, base: Any) -> str | None:
             adapt(base, decoder)
         cut(decoder)
         packed = PackedBatch.of(batch)
-        attending = PackedAttention(packed)
+        attending = attending_to(packed)
         ours = head(predicted_states(decoder, attending))[packed.logits_row].to(theirs.dtype)
-        if attending.num_calls == 0:
+        if not attending.asked:
             return f"{base.config.model_type} computes attention by itself"
         differs = _differs(ours, theirs, eager)
         if differs is not None:

@@ -13,7 +13,7 @@ from grpo_lab.algorithm.logps import entropy, selected_logps
 from grpo_lab.attention.interface import NotPackableError
 from grpo_lab.attention.last_layer import predicted_states
 from grpo_lab.attention.layout import PackedBatch, spread
-from grpo_lab.attention.packed import PackedAttention
+from grpo_lab.attention.packed import attending_to
 from grpo_lab.attention.probe import parts, why_plain
 from grpo_lab.types import Batch, LogpsAndEntropy, Policy
 
@@ -109,7 +109,7 @@ def packed_forward(model: nn.Module, batch: Batch, *, temperature: float) -> Log
     else:
         from grpo_lab.algorithm.linear_logps import linear_logps
     out = linear_logps(
-        predicted_states(decoder, PackedAttention(packed)),
+        predicted_states(decoder, attending_to(packed)),
         head.weight,
         head.bias,
         batch.completion_ids[batch.completion_mask],

@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from grpo_lab.attention import fused as module_of_fused
-from grpo_lab.attention.fused import fuse, gated, rms_norm, rotated, unfuse
+from grpo_lab.attention.fused import fuse, gated, rms_norm, unfuse
 from grpo_lab.attention.probe import why_plain
+from grpo_lab.attention.rotary import rotated
 from grpo_lab.policy.load import logits_gap
 
 

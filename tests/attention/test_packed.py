@@ -230,11 +230,10 @@ def test_the_work_of_attention_does_not_grow_with_padding_or_with_prompts_that_a
     policy = make_policy()
     rows = [(0, (50,) * length) for length in (40, 39, 6, 5, 5, 4, 3, 3)]
     packed = PackedBatch.of(batch_of(policy, rows))
-    tokens = sum(len(segments.tokens) for segments in packed.layout.segments)
+    tokens = int((~packed.layout.filling).sum())
     assert tokens == len(PROMPTS[0]) + 105
-    padded = sum(len(segments.table) for segments in packed.layout.segments)
-    assert padded <= 1.25 * tokens
-    (crossing,) = packed.layout.crossings  # all completions against the one prompt, which is not copied
+    assert len(packed.layout.places) <= 1.25 * tokens
+    ((crossing,),) = packed.layout.crossings  # all completions against the one prompt, which is not copied
     assert (crossing.prompt.stop - crossing.prompt.start, crossing.rows.stop - crossing.rows.start) == (7, 105)
 
 

@@ -12,7 +12,7 @@ if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1": 
     )
 
 from grpo_lab.algorithm.linear_logps import linear_logps
-from grpo_lab.attention import fused
+from grpo_lab.attention import fused, rotary
 from grpo_lab.kernels import head, layers
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -118,7 +118,7 @@ def test_rotation_and_its_gradient_are_the_cpu_s(dtype, batches):
     (cos, cos_), (sin, sin_) = (some(batches, 1, 5, 12, dtype=dtype, seed=seed) for seed in (2, 3))
     x, x_, grad, grad_ = (tensor.transpose(1, 2) for tensor in (x, x_, grad, grad_))
     x = x.requires_grad_()
-    expected = fused._Rotation.apply(x, cos, sin)
+    expected = rotary._Rotation.apply(x, cos, sin)
     ours = layers.rotate(x_, cos_, sin_)
     assert ours.stride() == x_.stride()  # as the projection made it, and as attention wants it
     torch.testing.assert_close(ours.float().cpu(), expected, **CLOSE[dtype])
