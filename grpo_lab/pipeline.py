@@ -110,7 +110,7 @@ def _run_stages(
     ranks: Ranks,
 ) -> None:
     """Each stage starts from what it names: the one before, an earlier one, or the recipe's model."""
-    if environment()["hardware"]["accelerators"]:
+    if run.info()["environment"]["hardware"]["accelerators"]:
         run.mark_inexact(INEXACT_ON_GPU)
     base = ranks.from_first(lambda: _base(plan, run))
     starts = {"base": base, "previous": base}

@@ -31,31 +31,28 @@ from pathlib import Path  # noqa: E402
 from statistics import median  # noqa: E402
 from typing import Any  # noqa: E402
 
+from workload import end_evenly, needed_tflop, word_tokenizer  # noqa: E402
+
 STARTED = time.perf_counter()
 PHASES = ("sample", "score", "learn", "step")
-HIDDEN, LAYERS, HEADS, MLP = 256, 6, 4, 704  # 6.9 million parameters at a vocabulary of 8192
+# 6.9 million parameters at a vocabulary of 8192
+SHAPE = {"hidden": 256, "mlp": 704, "layers": 6, "heads": 4, "kv_heads": 4}
 
 
 def workload(arguments: argparse.Namespace, folder: Path) -> None:
     """Write the model and its tokenizer: random weights, and a constant probability of ending at each token."""
-    import math
-
     import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    words = {"<eos>": 0, **{f"w{index}": index for index in range(1, arguments.vocab)}}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<eos>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<eos>").save_pretrained(folder)
+    word_tokenizer(arguments.vocab).save_pretrained(folder)
     config = LlamaConfig(
         vocab_size=arguments.vocab,
-        hidden_size=HIDDEN,
-        intermediate_size=MLP,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS,
-        num_key_value_heads=HEADS,
+        hidden_size=SHAPE["hidden"],
+        intermediate_size=SHAPE["mlp"],
+        num_hidden_layers=SHAPE["layers"],
+        num_attention_heads=SHAPE["heads"],
+        num_key_value_heads=SHAPE["kv_heads"],
         max_position_embeddings=2048,
         tie_word_embeddings=True,
         eos_token_id=0,
@@ -63,13 +60,7 @@ def workload(arguments: argparse.Namespace, folder: Path) -> None:
         pad_token_id=0,
     )
     model = LlamaForCausalLM(config)
-    with torch.no_grad():
-        # The first coordinate of every embedding is large and the same, and so, nearly, is that of every final state:
-        # more weight there gives the end token the same share at every place.
-        embedding = model.get_input_embeddings().weight
-        embedding[:, 0] = 1.0
-        states = model.model(torch.randint(1, arguments.vocab, (8, 128))).last_hidden_state
-        embedding[0, 0] += math.log(arguments.vocab / arguments.mean_length) / states[..., 0].mean()
+    end_evenly(model, arguments.mean_length)
     model.save_pretrained(folder)
 
 
@@ -186,7 +177,7 @@ def measured(end: Any, vocabulary: int, *, rate: float) -> dict[str, float]:
     """A step's seconds by phase, and what it had to do; `rate` is the matrix-product rate around it."""
     prompts = [len(group.example.prompt_ids) for group in end.groups]
     lengths = [[len(completion.token_ids) for completion in group.completions] for group in end.groups]
-    gflop = needed_gflop(prompts, lengths, vocabulary=vocabulary)
+    gflop = 1e3 * needed_tflop({**SHAPE, "vocab": vocabulary}, prompts, lengths)
     return {
         **{phase: end.timing[f"{phase}_seconds"] for phase in PHASES},
         "completions": float(sum(map(len, lengths))),
@@ -195,23 +186,6 @@ def measured(end: Any, vocabulary: int, *, rate: float) -> dict[str, float]:
         "matmul_gflops": rate,
         "useful_share": gflop / end.timing["learn_seconds"] / rate,
     }
-
-
-def needed_gflop(prompts: list[int], lengths: list[list[int]], *, vocabulary: int) -> float:
-    """The billion floating-point operations that learning needs: each prompt, token and logit once, forward and backward.
-
-    Counted are matrix products, 2 operations a multiplication: the layers' weights for every token, queries with keys
-    and probabilities with values for every pair that sees each other, the head for every token that is predicted from.
-    Of all other tokens the last layer needs keys and values only.
-    """
-    keys_and_values, others = 2 * HIDDEN * HIDDEN, 2 * HIDDEN * HIDDEN + 3 * HIDDEN * MLP
-    tokens = sum(prompts) + sum(map(sum, lengths))
-    predicted = sum(n - 1 for group in lengths for n in group) + len(prompts)
-    weights = LAYERS * keys_and_values * tokens + others * ((LAYERS - 1) * tokens + predicted)
-    answers = sum(prompt * n + n * n / 2 for prompt, group in zip(prompts, lengths, strict=True) for n in group)
-    pairs = LAYERS * answers + sum((LAYERS - 1) * n * n / 2 + n for n in prompts)
-    forward = 2 * (weights + 2 * HIDDEN * pairs) + 2 * HIDDEN * vocabulary * predicted
-    return 3 * forward / 1e9
 
 
 def matmul_rate() -> float:

@@ -22,6 +22,7 @@ from statistics import median
 from typing import Any
 
 from benchmark import PHASES, run, say, spread
+from workload import end_evenly, needed_tflop, word_tokenizer
 
 # https://huggingface.co/Qwen/Qwen2.5-0.5B and -1.5B, config.json; `tiny` is for trying this script without a GPU
 SHAPES = {
@@ -56,20 +57,13 @@ def network(shape: dict[str, int], mean_length: float, device: str) -> Any:
     torch.manual_seed(0)
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
-    with torch.no_grad():
-        # as in benchmark.py: the first coordinate is large and the same, and larger for the end token
-        embedding = model.get_input_embeddings().weight
-        embedding[:, 0] = 1.0
-        states = model.model(torch.randint(1, shape["vocab"], (8, 128), device=device)).last_hidden_state
-        embedding[0, 0] += math.log(shape["vocab"] / mean_length) / states[..., 0].float().mean()
+    end_evenly(model, mean_length)
     return model
 
 
 def case(arguments: argparse.Namespace, engine: str, name: str, kind: str) -> dict[str, Any]:
     """Some steps of one engine with one model: what each of them took, and the most memory allocated."""
     import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
 
     from grpo_lab.data.stream import PromptStream
     from grpo_lab.policy.adapter import attach
@@ -81,12 +75,9 @@ def case(arguments: argparse.Namespace, engine: str, name: str, kind: str) -> di
 
     on_gpu = torch.cuda.is_available()
     shape, lora = SHAPES[name], Lora(r=RANK) if kind == "lora" else None
-    words = {"<eos>": 0, **{f"w{index}": index for index in range(1, shape["vocab"])}}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<eos>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     model = network(shape, arguments.mean_length, "cuda" if on_gpu else "cpu")
     model = model if lora is None else attach(model, lora, seed=0)
-    policy = as_policy(model, PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<eos>"))
+    policy = as_policy(model, word_tokenizer(shape["vocab"]))
     generator = torch.Generator().manual_seed(1)
     prompts = torch.randint(1, shape["vocab"], (256, arguments.prompt), generator=generator).tolist()
     examples = [
@@ -131,25 +122,6 @@ def case(arguments: argparse.Namespace, engine: str, name: str, kind: str) -> di
         run(engine, stage, policy, stream, rewards, seed=0, folder=Path(output), model=settings, report=report)
     peak = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else math.nan
     return {"engine": engine, "model": name, "kind": kind, "steps": steps[1:], "peak_gib": peak}
-
-
-def needed_tflop(shape: dict[str, int], prompts: list[int], lengths: list[list[int]], *, adapter: bool) -> float:
-    """The trillion floating-point operations that learning needs: each prompt, token and logit once.
-
-    Counted are matrix products, 2 operations a multiplication, as in benchmark.py. A backward pass costs twice the
-    forward pass, beside frozen weights once; the adapter's own products are not counted.
-    """
-    size = shape["hidden"] // shape["heads"]
-    keys_and_values = 2 * shape["hidden"] * shape["kv_heads"] * size
-    others = 2 * shape["hidden"] ** 2 + 3 * shape["hidden"] * shape["mlp"]
-    tokens = sum(prompts) + sum(map(sum, lengths))
-    predicted = sum(n - 1 for group in lengths for n in group) + len(prompts)
-    layers = shape["layers"]
-    weights = layers * keys_and_values * tokens + others * ((layers - 1) * tokens + predicted)
-    head = shape["hidden"] * shape["vocab"] * predicted
-    answers = sum(prompt * n + n * n / 2 for prompt, group in zip(prompts, lengths, strict=True) for n in group)
-    pairs = 2 * shape["hidden"] * (layers * answers + sum((layers - 1) * n * n / 2 + n for n in prompts))
-    return 2e-12 * ((2 if adapter else 3) * (weights + head) + 3 * pairs)
 
 
 def matmul_tflops() -> float:

@@ -1,5 +1,6 @@
 """From hidden states to log-probabilities: the LM head and the softmax in one, so that logits are held once or never."""
 
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -71,14 +72,14 @@ class _LinearLogps(torch.autograd.Function):
         chosen = hidden.new_empty(len(ids), dtype=wide)
         total, entropy = (hidden.new_empty(num_rows, dtype=wide) for _ in range(2))
         exps = []
-        for start, stop in _chunks(num_rows, vocabulary, num_rows if keep else None):
+        for start, stop in chunks(num_rows, vocabulary, num_rows if keep else None):
             z = _scaled_logits(hidden[start:stop], weight, bias, temperature)
             first, last = _run(rows, start, stop)
-            for a, b in _chunks(stop - start, vocabulary, None, _IN_CACHE):
+            for a, b in chunks(stop - start, vocabulary, None, _IN_CACHE):
                 part = z[a:b]
                 part -= part.amax(-1, keepdim=True)
             chosen[first:last] = z[rows[first:last] - start, ids[first:last]]
-            for a, b in _chunks(stop - start, vocabulary, None, _IN_CACHE):
+            for a, b in chunks(stop - start, vocabulary, None, _IN_CACHE):
                 part = z[a:b]
                 exp = part.exp()
                 total[start + a : start + b] = exp.sum(-1)
@@ -100,14 +101,11 @@ class _LinearLogps(torch.autograd.Function):
         ctx: Any, grad_logps: Tensor | None, grad_entropy: Tensor | None, _: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, ids, rows, total, entropy, *exps = ctx.saved_tensors
-        wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         num_rows, vocabulary = len(hidden), len(weight)
         grad_logps = total.new_zeros(len(ids)) if grad_logps is None else grad_logps[ctx.order]
         per_row = total.new_zeros(num_rows).index_add_(0, rows, grad_logps)
-        d_hidden = torch.empty_like(hidden) if wants_hidden else None
-        d_weight = torch.zeros_like(weight) if wants_weight else None
-        d_bias = torch.zeros_like(bias) if wants_bias else None
-        for start, stop in _chunks(num_rows, vocabulary, num_rows if exps else None):
+        grads = HeadGradients(ctx.needs_input_grad, hidden, weight, bias)
+        for start, stop in chunks(num_rows, vocabulary, num_rows if exps else None):
             if exps:
                 z = exps[0]
             else:
@@ -115,7 +113,7 @@ class _LinearLogps(torch.autograd.Function):
                 z -= z.amax(-1, keepdim=True)
                 z.exp_()
             scale = total[start:stop, None]
-            for a, b in _chunks(stop - start, vocabulary, None, _IN_CACHE):
+            for a, b in chunks(stop - start, vocabulary, None, _IN_CACHE):
                 part = z[a:b].div_(scale[a:b])  # probabilities
                 factor = -per_row[start + a : start + b, None]
                 if grad_entropy is not None:  # dH/dlogit = -p (log p + H)
@@ -129,13 +127,30 @@ class _LinearLogps(torch.autograd.Function):
             if ctx.temperature != 1.0:
                 z /= ctx.temperature
             z = z.to(weight.dtype)
-            if d_hidden is not None:
-                d_hidden[start:stop] = z @ weight
-            if d_weight is not None:
-                d_weight.addmm_(z.T, hidden[start:stop])
-            if d_bias is not None:
-                d_bias += z.sum(0)
-        return d_hidden, d_weight, d_bias, None, None, None, None
+            grads.add(start, stop, z)
+        return *grads, None, None, None, None
+
+
+class HeadGradients:
+    """The gradients of hidden @ weight.T + bias with regard to all three, of which some are wanted, from those of its rows."""
+
+    def __init__(self, wanted: Sequence[bool], hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+        self._hidden, self._weight = hidden, weight
+        self.hidden = torch.empty_like(hidden) if wanted[0] else None
+        self.weight = torch.zeros_like(weight) if wanted[1] else None
+        self.bias = torch.zeros_like(bias) if wanted[2] and bias is not None else None
+
+    def __iter__(self) -> Iterator[Tensor | None]:
+        return iter((self.hidden, self.weight, self.bias))
+
+    def add(self, start: int, stop: int, d_logits: Float[Tensor, "n V"]) -> None:
+        """Add what the gradient of rows start to stop gives."""
+        if self.hidden is not None:
+            self.hidden[start:stop] = d_logits @ self._weight
+        if self.weight is not None:
+            self.weight.addmm_(d_logits.T, self._hidden[start:stop])
+        if self.bias is not None:
+            self.bias += d_logits.sum(0)
 
 
 def _scaled_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float) -> Tensor:
@@ -144,7 +159,7 @@ def _scaled_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperat
     return z if temperature == 1.0 else z.div_(temperature)
 
 
-def _chunks(num_rows: int, vocabulary: int, size: int | None, at_once: int | None = None) -> list[tuple[int, int]]:
+def chunks(num_rows: int, vocabulary: int, size: int | None, at_once: int | None = None) -> list[tuple[int, int]]:
     """Runs of rows, `size` each or as many as `at_once` logits allow."""
     step = size or max(1, (at_once or _LOGITS_AT_ONCE) // vocabulary)
     return [(start, min(start + step, num_rows)) for start in range(0, num_rows, step)]

@@ -5,7 +5,6 @@ sum rounded. On a GPU, where those passes cost more than the products, the updat
 the inputs' dtype, with float32 sums; the adapter and its gradients stay float32.
 """
 
-import copy
 from collections.abc import Sequence
 from functools import partial
 from types import MethodType
@@ -15,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from grpo_lab.attention.trial import given, same, some
+from grpo_lab.attention.trial import given, same, small, some
 
 
 class Low(NamedTuple):
@@ -141,17 +140,11 @@ def _forward(self: Any, x: Tensor, *args: Any, **options: Any) -> Tensor:
 @torch.inference_mode(False)  # a model may first be used while it samples
 @torch.enable_grad()
 def _same_as_peft(module: Any) -> bool:
-    """Compared on a copy with small layers, which costs nothing whatever the model's size and device."""
+    """Compared on a copy with small layers."""
     (name,) = module.lora_A
-    small = copy.copy(module)
-    linears = {"base_layer": nn.Linear(8, 6), "lora_A": nn.Linear(8, 2), "lora_B": nn.Linear(2, 6)}
-    for linear in linears.values():
-        linear.weight, linear.bias = (
-            nn.Parameter(some(*p.shape), requires_grad=False) for p in (linear.weight, linear.bias)
-        )
-    for inner in ("lora_A", "lora_B"):
-        linears[inner].bias = None
-        linears[inner] = nn.ModuleDict({name: linears[inner]})  # type: ignore[assignment]
-    vars(small).pop("low", None)
-    small._modules = {**module._modules, **linears}
-    return same(partial(type(module).forward, small), partial(_forward, small), some(3, 8))
+    tried: Any = small(module, {"base_layer": (8, 6)})
+    for inner, sizes in (("lora_A", (8, 2)), ("lora_B", (2, 6))):
+        tried._modules[inner] = small(module._modules[inner], {name: sizes})
+        tried._modules[inner][name].bias = None
+    vars(tried).pop("low", None)
+    return same(partial(type(module).forward, tried), partial(_forward, tried), some(3, 8))

@@ -7,6 +7,7 @@ In the last layer only the places whose logits are needed look at anything.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -198,10 +199,7 @@ def _tabled(
 
 
 def _starts(lengths: Sequence[int]) -> list[int]:
-    starts = [0]
-    for length in lengths:
-        starts.append(starts[-1] + length)
-    return starts
+    return [0, *accumulate(lengths)]
 
 
 def _without_gaps(rows: Sequence[int]) -> list[tuple[int, int]]:

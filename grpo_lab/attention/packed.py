@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from grpo_lab.attention.layout import Crossing, Layout, PackedBatch
-from grpo_lab.attention.varlen import VarlenLayout, varlen_attention
+from grpo_lab.attention.varlen import VarlenLayout, join_, varlen_attention
 
 flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -149,9 +149,7 @@ def _attended(qkv: Tensor, heads: int, layout: Layout, scaling: float) -> _Atten
         rows = slice(bundle[0].rows.start, bundle[-1].rows.stop)
         crossed = [flash(*_crossed(qkv, heads, crossing), scale=scaling) for crossing in bundle]
         part, part_lse = (torch.cat([one[0].transpose(0, 1) for one in both]) for both in zip(*crossed, strict=True))
-        share = torch.sigmoid(part_lse - lse[rows])[..., None]  # exp(lse_2) / (exp(lse_1) + exp(lse_2))
-        out[rows].lerp_(part, share.to(out.dtype))
-        lse[rows] = torch.logaddexp(lse[rows], part_lse)
+        join_(out[rows], part, lse[rows], part_lse)
     return _Attended(qkv, gathered, out, lse)
 
 

@@ -102,14 +102,15 @@ def flash_cached(
     )[0]  # fmt: skip
 
 
-def _join(out: Tensor, part: Tensor, lse: Tensor, part_lse: Tensor) -> None:
-    """Join attention over some keys with that over others, in place; out and part [n, H, D], their lse [H, n]."""
+def join_(out: Tensor, part: Tensor, lse: Tensor, part_lse: Tensor) -> None:
+    """Join attention over some keys with that over others, in place; out and part [n, H, D], their lse [n, H]."""
     if out.is_cuda:
         from grpo_lab.kernels import layers
 
-        layers.join_(out, part, lse, part_lse)
+        layers.join_(out, part, lse.T, part_lse.T)
         return
-    out.lerp_(part, torch.sigmoid(part_lse - lse).T[..., None].to(out.dtype))  # exp(lse_1) / (exp(lse_1) + exp(lse_2))
+    share = torch.sigmoid(part_lse - lse)[..., None]  # exp(lse_2) / (exp(lse_1) + exp(lse_2))
+    out.lerp_(part, share.to(out.dtype))
     lse.copy_(torch.logaddexp(lse, part_lse))
 
 
@@ -123,7 +124,7 @@ class _VarlenFunction(torch.autograd.Function):
                 q[first:], k[:first], v[:first], layout.answers, layout.prompts, causal=False, scaling=scaling
             )
             out = out.contiguous()
-            _join(out[first:], part, lse[:, first:], part_lse)
+            join_(out[first:], part, lse[:, first:].T, part_lse.T)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.layout, ctx.scaling = layout, scaling
         return out

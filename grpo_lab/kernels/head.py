@@ -8,7 +8,7 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from grpo_lab.algorithm.linear_logps import LogpsAndSpread
+from grpo_lab.algorithm.linear_logps import HeadGradients, LogpsAndSpread, chunks
 
 # The most logits kept for the backward pass, in the model's dtype (bfloat16: 4 GiB); beyond it they are computed again.
 LOGITS_HELD = 1 << 31
@@ -98,7 +98,7 @@ class _LinearLogps(torch.autograd.Function):
         log_total, entropy, largest = (hidden.new_empty(num_rows, dtype=torch.float32) for _ in range(3))
         chosen = hidden.new_empty(len(ids), dtype=torch.float32)
         kept = []
-        for start, stop in _chunks(num_rows, vocabulary):
+        for start, stop in chunks(num_rows, vocabulary, None, _LOGITS_AT_ONCE):
             z = torch.nn.functional.linear(hidden[start:stop], weight, bias)
             _statistics[(stop - start,)](
                 z, vocabulary, temperature, starts[start:], ids,
@@ -117,30 +117,17 @@ class _LinearLogps(torch.autograd.Function):
         ctx: Any, grad_logps: Tensor | None, grad_entropy: Tensor | None, _: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, ids, starts, log_total, entropy, *kept = ctx.saved_tensors
-        wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         num_rows, vocabulary = len(hidden), len(weight)
         grads = log_total.new_zeros(len(ids)) if grad_logps is None else grad_logps[ctx.order]
         sums = torch.cat([grads.new_zeros(1, dtype=torch.float64), grads.cumsum(0, dtype=torch.float64)])
         row_grad = (sums[starts[1:]] - sums[starts[:-1]]).float()
         entropy_grad = entropy if grad_entropy is None else grad_entropy.contiguous()
-        d_hidden = torch.empty_like(hidden) if wants_hidden else None
-        d_weight = torch.zeros_like(weight) if wants_weight else None
-        d_bias = torch.zeros_like(bias) if wants_bias else None
-        for number, (start, stop) in enumerate(_chunks(num_rows, vocabulary)):
+        head = HeadGradients(ctx.needs_input_grad, hidden, weight, bias)
+        for number, (start, stop) in enumerate(chunks(num_rows, vocabulary, None, _LOGITS_AT_ONCE)):
             z = kept[number] if kept else torch.nn.functional.linear(hidden[start:stop], weight, bias)
             _gradient[(stop - start, triton.cdiv(vocabulary, _BLOCK))](
                 z, vocabulary, ctx.temperature, starts[start:], ids, log_total[start:], entropy[start:], grads,
                 row_grad[start:], entropy_grad[start:], HAS_ENTROPY=grad_entropy is not None, BLOCK=_BLOCK,
             )  # fmt: skip
-            if d_hidden is not None:
-                d_hidden[start:stop] = z @ weight
-            if d_weight is not None:
-                d_weight.addmm_(z.T, hidden[start:stop])
-            if d_bias is not None:
-                d_bias += z.sum(0)
-        return d_hidden, d_weight, d_bias, None, None, None
-
-
-def _chunks(num_rows: int, vocabulary: int) -> list[tuple[int, int]]:
-    step = max(1, _LOGITS_AT_ONCE // vocabulary)
-    return [(start, min(start + step, num_rows)) for start in range(0, num_rows, step)]
+            head.add(start, stop, z)
+        return *head, None, None, None

@@ -1,7 +1,7 @@
 """Decoding with shared prompts: each is computed once, rows that end give up their slot, and others take it."""
 
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -18,6 +18,29 @@ from grpo_lab.types import Policy
 
 # Rows wait until this share of the slots is free: each admission computes prompts and lays the table anew.
 ADMIT_AT = 8
+
+
+class Prompts:
+    """Prompts that are computed when they are first asked for: their keys and values by layer, and the logits after them."""
+
+    def __init__(self, policy: Policy, prompts: Sequence[Sequence[int]], *, longest: int) -> None:
+        self.decoder, self.head = parts(policy.model)
+        self.prompts, self.longest = prompts, longest
+        self.caches: dict[int, list[tuple[Tensor, Tensor]]] = {}
+        self.ends: dict[int, Tensor] = {}
+
+    def compute(self, wanted: Iterable[int], device: torch.device) -> None:
+        """Compute those that are not there, all at once."""
+        new = sorted(set(wanted) - self.caches.keys())
+        if new:
+            packed = packed_prompts([self.prompts[prompt] for prompt in new], device)
+            prefill = Prefill(packed, longest=self.longest)
+            self.ends |= dict(zip(new, self.head(predicted_states(self.decoder, prefill)), strict=True))
+            self.caches |= dict(zip(new, prefill.of_prompts(), strict=True))
+
+    def forget(self, prompt: int) -> None:
+        """Nobody will ask for this one again."""
+        del self.caches[prompt], self.ends[prompt]
 
 
 @dataclass
@@ -40,14 +63,13 @@ class SharedPromptDecoder:
     """
 
     def __init__(self, policy: Policy, decoding: Decoding, prompts: Sequence[Sequence[int]], num_slots: int) -> None:
-        self.policy, self.decoding, self.prompts = policy, decoding, prompts
+        self.policy, self.decoding = policy, decoding
         self.decoder, self.head = parts(policy.model)
         self.eos = frozenset(policy.eos_ids)
         self.longest = max(map(len, prompts)) + decoding.max_completion_length
         self.num_slots = num_slots
         self.attention = DecodingAttention(num_slots, decoding.max_completion_length, longest=self.longest)
-        self.caches: dict[int, list[tuple[Tensor, Tensor]]] = {}
-        self.ends: dict[int, Tensor] = {}  # the logits after each prompt
+        self.computed = Prompts(policy, prompts, longest=self.longest)
         self.slots: list[int] = []  # which row is in each slot
         self.laid: list[int] = []  # which prompts are on the table
 
@@ -65,13 +87,9 @@ class SharedPromptDecoder:
 
     def _admit(self, rows: list[int]) -> dict[int, Row]:
         """Compute the prompts that are new, and draw each row's first token; the rows that it ends."""
-        new = sorted({self.rows[row].prompt for row in rows} - self.caches.keys())
-        if new:
-            packed = packed_prompts([self.prompts[prompt] for prompt in new], self.noise.device)
-            prefill = Prefill(packed, longest=self.longest)
-            self.ends |= dict(zip(new, self.head(predicted_states(self.decoder, prefill)), strict=True))
-            self.caches |= dict(zip(new, prefill.of_prompts(), strict=True))
-        self._write(rows, torch.stack([self.ends[self.rows[row].prompt] for row in rows]))
+        prompts = [self.rows[row].prompt for row in rows]
+        self.computed.compute(prompts, self.noise.device)
+        self._write(rows, torch.stack([self.computed.ends[prompt] for prompt in prompts]))
         ended = self._forget([row for row in rows if self._ended(row)])
         self.slots += [row for row in rows if row not in ended]
         self.attention.lengths += [0] * (len(self.slots) - len(self.attention.lengths))
@@ -81,7 +99,9 @@ class SharedPromptDecoder:
     def _step(self) -> dict[int, Row]:
         """One token more for the row in every slot; the rows that it ends."""
         last = torch.tensor([[self.rows[row].tokens[-1]] for row in self.slots])
-        position = [[len(self.prompts[self.rows[row].prompt]) + len(self.rows[row].tokens) - 1] for row in self.slots]
+        position = [
+            [len(self.computed.prompts[self.rows[row].prompt]) + len(self.rows[row].tokens) - 1] for row in self.slots
+        ]
         self.attention.begin()
         hidden = self.decoder(**packed_arguments(last, torch.tensor(position), self.attention)).last_hidden_state
         self._write(self.slots, self.head(hidden[:, 0]))
@@ -112,7 +132,7 @@ class SharedPromptDecoder:
             prompt = self.rows[row].prompt
             self.unfinished[prompt] -= 1
             if self.unfinished[prompt] == 0:
-                del self.caches[prompt], self.ends[prompt]
+                self.computed.forget(prompt)
         return {row: self.rows[row] for row in rows}
 
     def _seat(self) -> None:
@@ -122,7 +142,7 @@ class SharedPromptDecoder:
             return
         if not set(in_use) <= set(self.laid) or 2 * len(in_use) <= len(self.laid):
             self.laid = in_use
-            self.attention.prompts = PromptTable([self.caches[prompt] for prompt in in_use])
+            self.attention.prompts = PromptTable([self.computed.caches[prompt] for prompt in in_use])
         assert self.attention.prompts is not None
         entry = {prompt: index for index, prompt in enumerate(self.laid)}
         self.attention.prompts.seat([entry[self.rows[row].prompt] for row in self.slots])

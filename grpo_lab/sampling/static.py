@@ -13,14 +13,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from grpo_lab.attention.decoding import Prefill
 from grpo_lab.attention.interface import packed_arguments
-from grpo_lab.attention.last_layer import predicted_states
-from grpo_lab.attention.layout import packed_prompts
 from grpo_lab.attention.probe import parts
 from grpo_lab.attention.varlen import Runs, flash_cached
 from grpo_lab.sampling.decoding import Decoding, draw
-from grpo_lab.sampling.shared import ADMIT_AT, Row
+from grpo_lab.sampling.shared import ADMIT_AT, Prompts, Row
 from grpo_lab.types import Policy
 
 # Steps between two looks at which rows have ended: to look stops the GPU, not to look computes what nobody needs.
@@ -161,7 +158,7 @@ class StaticDecoder:
         num_slots: int,
         slots: Slots | None = None,
     ) -> None:
-        self.prompts, self.num_slots = prompts, num_slots
+        self.num_slots = num_slots
         self.eos = frozenset(policy.eos_ids)
         self.longest = max(map(len, prompts)) + decoding.max_completion_length
         self.device = next(policy.model.parameters()).device
@@ -170,8 +167,7 @@ class StaticDecoder:
             room = -(-max(map(len, prompts)) // _ROOM) * _ROOM
             slots = Slots(policy, decoding, num_slots, room + decoding.max_completion_length, self.device)
         self.slots = slots
-        self.caches: dict[int, list[tuple[Tensor, Tensor]]] = {}
-        self.ends: dict[int, Tensor] = {}  # the logits after each prompt
+        self.computed = Prompts(policy, prompts, longest=self.longest)
 
     def decode(self, of_prompt: Sequence[int], noise: Float[Tensor, "N T"]) -> Iterator[dict[int, Row]]:
         """Write all rows, from their first token to their end; now and then, those that have ended since (often none)."""
@@ -192,20 +188,14 @@ class StaticDecoder:
     def _admit(self, rows: list[int], free: list[int], noise: Tensor) -> None:
         """Compute the prompts that are new, and draw each row's first token."""
         prompts = [self.of_prompt[row] for row in rows]
-        new = sorted(set(prompts) - self.caches.keys())
-        if new:
-            packed = packed_prompts([self.prompts[prompt] for prompt in new], self.device)
-            prefill = Prefill(packed, longest=self.longest)
-            states = predicted_states(self.slots.decoder, prefill)
-            self.ends |= dict(zip(new, self.slots.head(states), strict=True))
-            self.caches |= dict(zip(new, prefill.of_prompts(), strict=True))
+        self.computed.compute(prompts, self.device)
         slots = free[: len(rows)]
         self.row_of |= dict(zip(slots, rows, strict=True))
-        which = self.slots.begin(slots, [self.caches[prompt] for prompt in prompts], noise[rows])
-        self.slots.write(torch.stack([self.ends[prompt] for prompt in prompts]), which)
+        which = self.slots.begin(slots, [self.computed.caches[prompt] for prompt in prompts], noise[rows])
+        self.slots.write(torch.stack([self.computed.ends[prompt] for prompt in prompts]), which)
         self.unwritten -= Counter(prompts)
         for prompt in set(prompts) - self.unwritten.keys():  # no other row will ask for it
-            del self.caches[prompt], self.ends[prompt]
+            self.computed.forget(prompt)
 
     def _ended(self) -> dict[int, Row]:
         """The rows that are written; their slots are free again."""
